@@ -22,7 +22,7 @@ from shim.cli.doctor.running_shim import RunningShim
 from shim.cli.doctor.sources import Sources
 from shim.cli.doctor.way import (
     Dial,
-    ask_head,
+    ask,
     ask_time_unverified,
     dial_websocket,
     judge_clock,
@@ -218,7 +218,7 @@ async def examine_way(settings: Settings, token: str, environ: Mapping[str, str]
     """
     upstream = settings.upstream
     if quiet:
-        dial = await ask_head(ws_url(upstream.url, upstream.path).partition("?")[0], upstream.dialling, environ)
+        dial = await ask(ws_url(upstream.url, upstream.path).partition("?")[0], upstream.dialling, environ)
         found = judge_way(dial)
         if _blocked(found):
             return found
@@ -265,7 +265,7 @@ async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> li
         return []
     dialling = settings.fallback.dialling(settings.upstream)
     url = under(fallback_url(settings), "/api/v1/health")
-    return [judge_fallback(await ask_head(url, dialling, environ, name="fallback"))]
+    return [judge_fallback(await ask(url, dialling, environ, name="fallback"))]
 
 
 async def _examine_network(settings: Settings, token: str, environ: Mapping[str, str], *, quiet: bool) -> list[Finding]:

@@ -126,13 +126,16 @@ async def _ping(socket: WebSocket, frames: _Frames, timeout_s: float) -> float:
     return clock.monotonic_s() - before if ponged else FRAMES_CLOSED
 
 
-async def ask_head(url: str, settings: DialSettings, environ: Mapping[str, str], *, name: str = "upstream") -> Dial:
-    """Send a HEAD request without a token to `url` (any scheme)."""
+async def ask(url: str, settings: DialSettings, environ: Mapping[str, str], *, name: str = "upstream") -> Dial:
+    """Send a GET request without a token to `url` (any scheme).
+
+    Agents never use HEAD, and some servers and proxies refuse it.
+    """
     dial = Dial(http_url(url), settings)
     dialler = Dialler(settings, environ, name=name, read_timeout_s=settings.connect_timeout_s, trace=dial.trace)
     try:
         async with asyncio.timeout(2 * settings.connect_timeout_s):
-            response = await dialler.request("HEAD", dial.url, {})
+            response = await dialler.request("GET", dial.url, {})
             response.close()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is why there is no answer
         dial.failure = failure_of(error)
@@ -147,7 +150,7 @@ async def ask_time_unverified(upstream: Upstream, environ: Mapping[str, str]) ->
     The certificate is not verified for this request, which carries neither a name nor a token.
     """
     unchecked = msgspec.structs.replace(upstream.dialling, insecure_skip_verify=True)
-    return await ask_head(ws_url(upstream.url, upstream.path).partition("?")[0], unchecked, environ)
+    return await ask(ws_url(upstream.url, upstream.path).partition("?")[0], unchecked, environ)
 
 
 SKEW_WARN_S = 30.0
@@ -280,8 +283,7 @@ def _tls_todo(dial: Dial) -> str:
 def judge_upgrade(dial: Dial) -> Finding:
     """Return the findings on the WebSocket handshake, and the intermediary that refuses it."""
     trace, failure = dial.trace, dial.failure
-    named = [f"{trace.headers[name][:60]} ({name})" for name in ("via", "server") if trace.headers.get(name)]
-    behind = f"; the answer comes from {' and '.join(named)}" if named else ""
+    behind = _answered_by(trace)
     if failure is None:
         return passed("upgrade", f"the WebSocket handshake is passed on{behind}")
     if failure.reason == "timeout" or failure.detail == UNANSWERED:
@@ -292,6 +294,12 @@ def judge_upgrade(dial: Dial) -> Finding:
             "upgrade", f"the answer to the handshake is not a WebSocket's: {failure.detail}{behind}", _MEND_WAY
         )
     return _judge_status(failure.status, behind)
+
+
+def _answered_by(trace: DialTrace) -> str:
+    """Return what the answer says about its sender, to follow a sentence; empty if it says nothing."""
+    named = [f"{trace.headers[name][:60]} ({name})" for name in ("via", "server") if trace.headers.get(name)]
+    return f"; the answer comes from {' and '.join(named)}" if named else ""
 
 
 def _judge_status(status: int, behind: str) -> Finding:
@@ -369,9 +377,10 @@ def judge_fallback(dial: Dial) -> Finding:
         return failed(
             "fallback", f"{host}: {dial.failure.detail}", "modes http and auto need it: is fallback.url right?"
         )
-    status = dial.trace.status
+    status, behind = dial.trace.status, _answered_by(dial.trace)
     if status >= 500:
-        return failed("fallback", f"{host}: HTTP {status}", "modes http and auto need it: is fallback.url right?")
+        todo = "modes http and auto need it: is fallback.url right?"
+        return failed("fallback", f"{host}: HTTP {status}{behind}", todo)
     if status == 410:
         return warned("fallback", f"{host}: gone (HTTP 410)", "its sunset is over: there is no way back")
     if 300 <= status < 400:
@@ -381,7 +390,7 @@ def judge_fallback(dial: Dial) -> Finding:
     if doubt is not None:
         return warned("fallback", f"{host} answers (HTTP {status}); {doubt.check}: {doubt.text}", doubt.remedy)
     through = f", through {origin_of(dial.trace.proxy.url)}" if dial.trace.proxy.url else ""
-    return passed("fallback", f"{host} answers (HTTP {status}){through}")
+    return passed("fallback", f"{host} answers (HTTP {status}){through}{behind}")
 
 
 def certificate(check: str, tls: ssl.SSLObject, ca_file: str) -> Finding:

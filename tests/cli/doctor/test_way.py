@@ -317,6 +317,20 @@ async def test_the_way_back(doctor: Doctor) -> None:
         over.expect("fallback", "WARN", "no way back")
 
 
+@pytest.mark.parametrize("status", ["403 Forbidden", "405 Method Not Allowed", "501 Not Implemented"])
+async def test_a_server_that_refuses_head_is_a_way_back(status: str, doctor: Doctor) -> None:
+    """Agents use GET and POST."""
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, _ = await read_head(reader)
+        writer.write(answer(status if line.startswith("HEAD ") else "200 OK", "Server: vendor-api"))
+
+    async with tcp_server(converse) as port:
+        url = f"http://127.0.0.1:{port}"
+        found = await doctor.examine(upstream=upstream(url), fallback={"url": url})
+    found.expect("fallback", "PASS", "answers (HTTP 200)", "the answer comes from vendor-api (server)")
+
+
 async def test_the_way_back_is_the_one_that_the_shim_takes(doctor: Doctor, authority: trustme.CA, ca_file: str) -> None:
     """Trust, proxy and address are the upstream's where the fallback has none of its own."""
 
