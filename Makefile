@@ -31,7 +31,7 @@ install: $(DEV) ## create .venv with everything that development needs
 check: $(DEV) ## lint, format, types, import rules, and the documents' links, citations and English
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict shim devtools supply
+	$(BIN)/mypy --strict shim devtools supply bench
 	$(BIN)/lint-imports
 	$(BIN)/zizmor --offline --pedantic --quiet --no-progress .github/workflows
 	$(BIN)/hadolint Dockerfile

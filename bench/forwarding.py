@@ -34,8 +34,7 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
 def _costs_us(bench: Bench, url: str) -> dict[str, list[float]]:
     """Rounds of one second, directly and forwarded in turn; a first round warms up."""
     controller = bench.controller()
-    sections = {"log": {"level": "warning"}, "store": {"url": url}, "cluster": {"port": 0}}
-    both = [bench.shim(controller, **sections) for _ in range(2)]
+    both = [bench.shim(controller, log={"level": "warning"}, store={"url": url}, cluster={"port": 0}) for _ in range(2)]
     owner = _owner(both)
     other = next(each for each in both if each is not owner)
     costs_us: dict[str, list[float]] = {"direct": [], "forwarded": []}

@@ -76,8 +76,8 @@ def _fleet(bench: Bench, server: Any, log: Log) -> tuple[list[Figure], Measured]
     _settled(replicas)
     with ExitStack() as running:
         polls = [running.enter_context(loads.start(_polls(bench, each, agents, n))) for n, each in enumerate(replicas)]
-        for each in polls:
-            loads.held(each)
+        for load in polls:
+            loads.held(load)
         beating = [_beats(each, agents, n, bench.pick(INTERVAL_S, 0.5)) for n, each in enumerate(replicas)]
         _together(beating)  # everybody is known
         log(f"replicas: {agents:,} agents poll and beat")
@@ -134,7 +134,7 @@ def _replica(bench: Bench, controller: Server, url: str, lease_s: float) -> Serv
 
 def _settled(replicas: list[Server]) -> None:
     """Wait until these replicas have all shards, evenly."""
-    until_s = time.monotonic() + SETTLE_S
+    until_s, owned = time.monotonic() + SETTLE_S, list[int]()
     while time.monotonic() < until_s:
         found = [each.status()["replicas"] for each in replicas]
         owned = [len(each["owned"]) for each in found]

@@ -119,8 +119,17 @@ def _row(bench: Bench, agents: int, log: Log) -> Row:
     commands_ms = sorted(1e3 * each for each in took_s)
     beats_ms = [each / 1e3 for each in found.latencies_us]
     log(f"{agents} agents: {rss_mb:.0f} MB, {cpu_percent:.1f} % CPU, commands p99 {percentile(commands_ms, 99):.1f} ms")
-    times_ms = [percentile(each, q) for each in (beats_ms, commands_ms) for q in (50, 99)]
-    return Row(agents, rss_mb, cpu_percent, *times_ms, late=found.errors, wake_ups_s=wake_ups_s)
+    return Row(
+        agents,
+        rss_mb,
+        cpu_percent,
+        beat_p50_ms=percentile(beats_ms, 50),
+        beat_p99_ms=percentile(beats_ms, 99),
+        command_p50_ms=percentile(commands_ms, 50),
+        command_p99_ms=percentile(commands_ms, 99),
+        late=found.errors,
+        wake_ups_s=wake_ups_s,
+    )
 
 
 HEAD = (

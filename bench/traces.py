@@ -48,7 +48,7 @@ _ONE_INDEX = {
 }
 
 Execute = Callable[[str, Sequence[Sequence[Any]]], object]
-Transact = Callable[[Callable[[Execute], None]], None]
+Transact = Callable[[Callable[[Execute], object]], None]
 
 
 def _lives(way: str, rows: Sequence[Sequence[Any]], transact: Transact) -> None:
@@ -58,9 +58,9 @@ def _lives(way: str, rows: Sequence[Sequence[Any]], transact: Transact) -> None:
     for event, wall in STEPS:
 
         def step(execute: Execute, event: str = event, wall: float = wall) -> None:
-            more, text = "", ()
-            if way == WAYS[2]:
-                more, text = ", steps = steps || ?", (f'{{"wall":{wall},"event":"{event}","detail":""}},',)
+            kept = way == WAYS[2]
+            text = (f'{{"wall":{wall},"event":"{event}","detail":""}},',) if kept else ()
+            more = ", steps = steps || ?" if kept else ""
             execute(_MARK.format(more=more), [(event, wall, *text, *key) for key in keys])
             if way in WAYS[:2]:
                 execute(_TRACE, [(wall, event, *key) for key in keys])
@@ -83,7 +83,7 @@ def on_sqlite(way: str) -> float:
         for statement in _ONE_INDEX["sqlite"] if way == WAYS[1] else ():
             connection.execute(statement)
 
-        def transact(work: Callable[[Execute], None]) -> None:
+        def transact(work: Callable[[Execute], object]) -> None:
             connection.execute("BEGIN IMMEDIATE")
             work(connection.executemany)
             connection.execute("COMMIT")
@@ -101,7 +101,8 @@ def on_postgres(server: Any, way: str) -> float:
     import psycopg  # noqa: PLC0415 - an extra
 
     from shim.config import settings  # noqa: PLC0415
-    from shim.store.postgres.database import SCHEMA, prepare  # noqa: PLC0415
+    from shim.store.postgres.database import prepare  # noqa: PLC0415
+    from shim.store.postgres.dsn import SCHEMA  # noqa: PLC0415
 
     url = server.create()
     prepare(settings.Store(url=url))
@@ -110,7 +111,7 @@ def on_postgres(server: Any, way: str) -> float:
         for statement in _ONE_INDEX["postgresql"] if way == WAYS[1] else ():
             connection.execute(statement)
 
-        def transact(work: Callable[[Execute], None]) -> None:
+        def transact(work: Callable[[Execute], object]) -> None:
             with connection.pipeline(), connection.transaction(), connection.cursor() as cursor:
                 work(lambda statement, rows: cursor.executemany(statement.replace("?", "%s"), rows))
 

@@ -47,10 +47,11 @@ class Walk:
 
     def enter(self, frame: FrameType) -> None:
         """Record one call."""
-        depth, above = 0, frame
+        depth = 0
+        above: FrameType | None = frame
         while above is not None:
             depth += above.f_code.co_filename.startswith(ROOT)
-            above = above.f_back  # type: ignore[assignment]
+            above = above.f_back
         if depth == 1:
             self.turns.append([])
         self.turns[-1].append((frame.f_code.co_filename, frame.f_code.co_qualname, depth))
