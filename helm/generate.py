@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from shim.cli.inject.sidecar import API_URL, INJECTED_LABEL, NAME, SHIM_URL, UPSTREAM_URL, Sidecar
 from shim.config.loader import REMOVED
-from shim.config.rules import BOUNDS, PATTERNS
+from shim.config.rules import BOUNDS, DATE, HOST, PATH
 from shim.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +33,31 @@ OWNED = (
     *("cluster.host", "cluster.port", "cluster.advertise", "cluster.replica"),
     *("store", "upstream.url", "upstream.token", "upstream.token_file"),
 )
+_PROXY = r"^(https?://[^\s/]+\S*)?$"
+_NOT_EMPTY = r"."
+
+# What the text of a key, or of each item of a list, must match. Helm checks it when the chart is installed, because a
+# sidecar that ends over its configuration keeps the agent from starting. `shim.config.rules` checks more than that.
+PATTERNS: dict[str, str] = {
+    "listen.base_path": f"^{PATH.pattern}$",
+    "listen.allowed_hosts": f"^{HOST.pattern}$",
+    "admin.allowed_hosts": f"^{HOST.pattern}$",
+    "upstream.path": f"^{PATH.pattern}$",
+    "upstream.gateway_hosts": f"^{HOST.pattern}$",
+    "upstream.proxy": _PROXY,
+    "fallback.url": r"^(https?://[^\s/?#@]+([/?][^\s#]*)?)?$",
+    "fallback.proxy": _PROXY,
+    "notify.proxy": _PROXY,
+    "notify.url": r"^(https?://[^\s/]+\S*)?$",
+    "telemetry.otlp_url": r"^(https?://[^\s/@]+([/?]\S*)?)?$",
+    "sunset.deprecation_at": f"^({DATE.pattern})?$",
+    "sunset.at": f"^({DATE.pattern})?$",
+    "sunset.link": r"^(https?://[^\s<>\"]+)?$",
+    "commands.types": _NOT_EMPTY,
+    "commands.at_most_once": _NOT_EMPTY,
+    "rollout.include": _NOT_EMPTY,
+    "rollout.exclude": _NOT_EMPTY,
+}
 _GENERATED = "# Written by `make chart` from shim/cli/inject/sidecar.py.\n"
 
 

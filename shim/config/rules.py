@@ -68,41 +68,16 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 _EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, not bound
 _ADVERTISED = re.compile(r"(?:[A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
-_HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
-_PATH = re.compile(r"(?:/[^?#\s]*)?")
+HOST = re.compile(r"[A-Za-z0-9_.:\-]+", re.ASCII)
+PATH = re.compile(r"(?:/[^?#\s]*)?")
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)  # names of query parameters with secrets
-_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII)
-_PROXY = r"^(https?://[^\s/]+\S*)?$"
-_NOT_EMPTY = r"."
-
-# What the text of a key, or of each item of a list, must match. Helm checks it too when the chart is installed, because
-# a sidecar that ends over its configuration keeps the agent from starting. The rules below say more about these keys.
-PATTERNS: dict[str, str] = {
-    "listen.base_path": f"^{_PATH.pattern}$",
-    "listen.allowed_hosts": f"^{_HOST.pattern}$",
-    "admin.allowed_hosts": f"^{_HOST.pattern}$",
-    "upstream.path": f"^{_PATH.pattern}$",
-    "upstream.gateway_hosts": f"^{_HOST.pattern}$",
-    "upstream.proxy": _PROXY,
-    "fallback.url": r"^(https?://[^\s/?#@]+([/?][^\s#]*)?)?$",
-    "fallback.proxy": _PROXY,
-    "notify.proxy": _PROXY,
-    "notify.url": r"^(https?://[^\s/]+\S*)?$",
-    "telemetry.otlp_url": r"^(https?://[^\s/@]+([/?]\S*)?)?$",
-    "sunset.deprecation_at": f"^({_DATE.pattern})?$",
-    "sunset.at": f"^({_DATE.pattern})?$",
-    "sunset.link": r"^(https?://[^\s<>\"]+)?$",
-    "commands.types": _NOT_EMPTY,
-    "commands.at_most_once": _NOT_EMPTY,
-    "rollout.include": _NOT_EMPTY,
-    "rollout.exclude": _NOT_EMPTY,
-}
+DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d))?", re.ASCII)
 
 
 def parse_date_s(text: str) -> float:
     """Return the Unix seconds of an RFC 3339 time, or of the begin (UTC) of a date. Raises `ValueError`."""
-    if not _DATE.fullmatch(text):
+    if not DATE.fullmatch(text):
         raise ValueError("neither RFC 3339 nor a date")
     moment = datetime.fromisoformat(text.upper())
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -152,7 +127,7 @@ class _Checks:
         """Check addresses, ports, host names and certificates of the listeners."""
         listen, admin = self.settings.listen, self.settings.admin
         for path, hosts in (("listen.host", listen.hosts), ("admin.host", admin.hosts)):
-            is_host = bool(hosts) and all(map(_HOST.fullmatch, hosts))
+            is_host = bool(hosts) and all(map(HOST.fullmatch, hosts))
             self._require(is_host, "must be a host name or an address, or a list of them", path)
         self._require(
             listen.auth != "off" or listen.on_loopback,
@@ -173,13 +148,13 @@ class _Checks:
             self._cluster()
         names = {"listen.allowed_hosts": listen.allowed_hosts, "admin.allowed_hosts": admin.allowed_hosts}
         for path, hosts in names.items():
-            self._require(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", path)
+            self._require(all(map(HOST.fullmatch, hosts)), "must be host names or addresses", path)
         self._pair(listen.tls.cert_file, listen.tls.key_file, "listen.tls.cert_file", "listen.tls.key_file")
 
     def _cluster(self) -> None:
         """Check the internal listener, which is used with a PostgreSQL store only."""
         cluster, listen, admin = self.settings.cluster, self.settings.listen, self.settings.admin
-        self._require(bool(_HOST.fullmatch(cluster.host)), "must be a host name or an address", "cluster.host")
+        self._require(bool(HOST.fullmatch(cluster.host)), "must be a host name or an address", "cluster.host")
         for path, port in (("listen.port", listen.port), ("admin.port", admin.port)):
             self._require(cluster.port != (port or -1), f"must differ from {path}", "cluster.port", path)
         self._require(
@@ -212,7 +187,7 @@ class _Checks:
         )
         self._dialling("upstream", upstream)
         hosts = upstream.gateway_hosts
-        self._require(all(map(_HOST.fullmatch, hosts)), "must be host names or addresses", "upstream.gateway_hosts")
+        self._require(all(map(HOST.fullmatch, hosts)), "must be host names or addresses", "upstream.gateway_hosts")
 
     def times(self) -> None:
         """Check the order of times: timeouts, delays, holds and the dates of the sunset."""
@@ -393,11 +368,11 @@ def _split(url: str) -> SplitResult | None:
     """Return the parts of a URL with a host and, if given, a valid port; `None` for anything else."""
     try:
         parts = urlsplit(url)
-        well_formed = parts.port != 0 and bool(_HOST.fullmatch(plain_host(parts.hostname or "")))
+        well_formed = parts.port != 0 and bool(HOST.fullmatch(plain_host(parts.hostname or "")))
     except ValueError:
         return None
     return parts if well_formed and not re.search(r"\s", url) else None
 
 
 def _is_path(path: str) -> bool:
-    return bool(_PATH.fullmatch(path))
+    return bool(PATH.fullmatch(path))

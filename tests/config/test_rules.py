@@ -8,8 +8,9 @@ from typing import get_args
 
 import pytest
 
+from helm.generate import PATTERNS
 from shim.config.loader import leaves, load
-from shim.config.rules import BOUNDS, PATTERNS, cross_field_faults, parse_date_s
+from shim.config.rules import BOUNDS, cross_field_faults, parse_date_s
 from shim.config.settings import Settings
 from shim.errors import ConfigError
 
