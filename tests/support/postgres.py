@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import pwd
 import secrets
@@ -24,6 +23,7 @@ from shim.store import CallThreadsafe, CommitProbe, Partition
 from shim.store.postgres.database import prepare
 from shim.store.postgres.engine import PATIENCE_S, PostgresStore
 from shim.store.writer import UNOBSERVED
+from tests.support.cleanup_process import delete_afterwards
 from tests.support.processes import free_port
 
 BIN = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"))
@@ -42,13 +42,14 @@ logging_collector = off
 
 
 class Postgres:
-    """A server with a role `shim`; its data stay over stops and starts, until `remove()`.
+    """A server with a role `shim`; its data stay over stops and starts, until `remove()` or the end of this process.
 
     Its directory is not one of pytest's, which are for their owner alone.
     """
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="agent-shim-postgres-"))
+        delete_afterwards(self.directory)
         self.data = self.directory / "data"
         self.port = free_port()
         self._made = 0
@@ -179,7 +180,6 @@ def user() -> str | None:
 def _template() -> Postgres:
     """Make the data directory that every server of this process begins with a copy of: initdb takes far longer."""
     made = Postgres()
-    atexit.register(shutil.rmtree, made.directory)
     (made.directory / "password").write_text(PASSWORD)
     made.give(made.directory / "password")
     made.run("initdb", "-D", made.data, "-U", USER, "--auth=scram-sha-256", "-E", "UTF8", "--no-locale", "-N",

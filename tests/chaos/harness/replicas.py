@@ -38,6 +38,7 @@ from tests.chaos.harness.runner import Plan, Settling, configuration
 from tests.chaos.harness.supervisors import ControllerKeeper, JournalReader, KeptShim, ShimKeeper
 from tests.chaos.harness.waiting import last, watch_oneself
 from tests.support import network
+from tests.support.cleanup_process import delete_afterwards
 from tests.support.network import ManyHosts
 from tests.support.postgres import BIN
 
@@ -66,6 +67,7 @@ class Node:
         self.address = host.address
         self._inside = host.inside
         self.directory = Path(tempfile.mkdtemp(prefix="agent-shim-gateway-"))
+        delete_afterwards(self.directory)
         self.data = self.directory / "data"
         if os.getuid() == 0:
             shutil.chown(self.directory, "postgres", "postgres")
