@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ _LOOK_S = 0.02
 _TAIL_LINES = 12
 # From the last byte of a process that was killed to the news of its end in this process, on a busy machine.
 _NEWS_S = 2
+_PR_SET_PDEATHSIG = 1
 
 
 class ChildFailed(Exception):
@@ -67,6 +70,7 @@ class ChildProcess:
                 stderr=log,
                 env=_environment(),
                 start_new_session=True,
+                preexec_fn=_ends_with_us(self._stop_signal),
                 **self._options(),
             )
         while (ready := self._ready(process.pid)) is None:
@@ -125,6 +129,21 @@ class ChildProcess:
             with suppress(ProcessLookupError):
                 process.send_signal(number)
             await process.wait()
+
+
+def _ends_with_us(number: signal.Signals) -> Callable[[], None] | None:
+    """Return what a new child calls so that it gets a signal when this process ends, also by `kill -9`.
+
+    Returns None where the system has no such request; there only an orderly end stops the children.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+    return None if prctl is None else partial(_request_signal, prctl, number, os.getpid())
+
+
+def _request_signal(prctl: Callable[[int, int], int], number: int, parent: int) -> None:
+    prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # the parent has ended before the request
+        os._exit(1)
 
 
 def _environment() -> dict[str, str]:

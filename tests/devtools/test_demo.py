@@ -89,6 +89,14 @@ class Demo:
         finally:
             self.process.send_signal(signal.SIGCONT)
 
+    async def all_end_with_it(self, pids: list[int]) -> None:
+        """Kill it, and wait until its children have ended."""
+        assert all(map(alive, pids))
+        self.process.kill()
+        async with asyncio.timeout(120):
+            while any(map(alive, pids)):  # noqa: ASYNC110 - the children of another process
+                await asyncio.sleep(0.02)
+
     def database(self) -> int:
         """The pid of the demo's PostgreSQL server, which is ready."""
         (file,) = self.folder.glob("agent-shim-demo-*/postgresql/data/postmaster.pid")
@@ -96,11 +104,12 @@ class Demo:
 
 
 def alive(pid: int) -> bool:
+    """Return True if a process runs. One that nobody has waited for after its end does not."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    return True
 
 
 @pytest.mark.timeout(400)
@@ -176,6 +185,14 @@ async def test_the_end_of_a_child_is_the_cause_of_a_step_that_failed_with_it(tmp
     assert "The demo failed: the controller ended with exit code -9\n" in out.getvalue()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+@pytest.mark.timeout(400)
+async def test_what_it_started_ends_when_it_is_killed(tmp_path: Path) -> None:
+    demo = await Demo.start(tmp_path)
+    await demo.line("Ctrl-C ends it")
+    await demo.all_end_with_it([demo.child("controller"), demo.child("shim")])
+
+
 async def test_ctrl_c_before_the_end_is_130(tmp_path: Path) -> None:
     demo = await Demo.start(tmp_path)
     await demo.line("development controller listens")
@@ -233,6 +250,15 @@ async def test_gateway_ends_all_it_started_on_ctrl_c(open_folder: Path) -> None:
     code, out = await demo.end()
     assert code == 130, out
     assert not any(map(alive, pids))
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+@pytest.mark.timeout(400)
+async def test_what_gateway_started_ends_when_it_is_killed(open_folder: Path) -> None:
+    demo = await Demo.start(open_folder, "--gateway")
+    await demo.line("shards shared out")
+    await demo.all_end_with_it([demo.database(), *(demo.child(name) for name in ("controller", "north", "south"))])
 
 
 @pytest.mark.needs("postgresql")
