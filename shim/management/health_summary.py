@@ -443,9 +443,7 @@ def _notes(status: Status) -> Iterator[Problem]:
 def _nothing_wrong(status: Status) -> Problem:
     sessions = status.sessions
     if status.mode == "http":
-        return make_problem(
-            "all_by_http", url=status.fallback, agents=_http_agents(status) or "no agent has called yet"
-        )
+        return make_problem("all_by_http", url=status.fallback, agents=_http_agents(status) or "no agent by HTTP yet")
     if not sessions.total:
         if status.replicas:
             return make_problem("replica_without_links")

@@ -318,7 +318,7 @@ async def test_mode_http_and_an_api_that_is_gone(tmp_path: Path, http: aiohttp.C
         await shim.start()
         health = Health(http, shim)
         told = await health.until("all_by_http")
-        assert "no agent has called yet" in told["overall"]["text"]
+        assert "no agent by HTTP yet" in told["overall"]["text"]
         agent = Agent(http, shim)
         await agent.register()
         async with agent:

@@ -150,7 +150,7 @@ def sentence(**fields: Any) -> tuple[str, str]:
                 "links": [link("down", 999, "tcp")],
             },
             "good",
-            "All calls go to the vendor's HTTP API (https://old.test), because mode is http: no agent has called yet.",
+            "All calls go to the vendor's HTTP API (https://old.test), because mode is http: no agent by HTTP yet.",
         ),
         (
             {"sessions": [session("a", fresh=False), session("b")]},
