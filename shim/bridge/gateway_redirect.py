@@ -53,7 +53,7 @@ class GatewayLost(NamedTuple):
 class GatewayConnection:
     """One session's gateway: its connection, open or being dialled, and the delays between dials.
 
-    Only a message on the present connection is handled: the sender of one on a replaced connection serves nobody.
+    Messages on a replaced connection are ignored: its peer no longer serves the session.
     """
 
     def __init__(self, ctx: BridgeContext, pool: GatewayConnections, session: Session, link: UpstreamLink) -> None:

@@ -24,7 +24,7 @@ PROGRESS_S = 1.0
 
 
 class ReplicaClient:
-    """Sends admin actions to other replicas."""
+    """Sender of admin actions to other replicas."""
 
     def __init__(self, membership: Membership, pool: ConnectionPool) -> None:
         self._membership = membership
@@ -63,7 +63,7 @@ class ReplicaClient:
 
 
 class ClusterAdmin:
-    """Carries out what other replicas ask for, and sends them the events of agents that speak WebSocket themselves."""
+    """Handler of the admin actions of other replicas; reports agents that speak WebSocket themselves to the owner."""
 
     def __init__(self, subject: Subject, client: ReplicaClient, locator: ShardLocator, spawn: Spawn) -> None:
         self._subject = subject

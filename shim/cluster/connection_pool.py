@@ -300,7 +300,7 @@ def _end_of_reply(data: bytes, start: int) -> int:
 
 
 class ConnectionPool:
-    """All connections to other replicas. `secret` proves our membership; set it before the first connection."""
+    """All connections to other replicas. Set `secret`, the proof of membership, before the first one."""
 
     def __init__(self, purpose: str = "") -> None:
         """Make an empty pool. `purpose` is `OPERATOR` for connections that carry admin orders, not agents' requests."""

@@ -118,7 +118,7 @@ class _Heartbeat:
 
 
 class ReplicaForwarder:
-    """Implements `ports.Forwarder`."""
+    """`ports.Forwarder`: the way of a call to the replica that owns the caller's shard."""
 
     def __init__(
         self,

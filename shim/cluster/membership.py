@@ -25,7 +25,7 @@ HINT_PAUSE_S = 0.02
 
 
 class Membership:
-    """Row of this replica and its view of all. `on_lost` is called with a reason when the lease has ended."""
+    """This replica's row, and its view of all members. `on_lost` is called with a reason when the lease has ended."""
 
     def __init__(
         self,

@@ -99,7 +99,7 @@ class DatabaseProbe:
 
 
 class Replica:
-    """Implements `runtime.Runtime`."""
+    """`runtime.Runtime` of one replica among others."""
 
     def __init__(self, context: RuntimeContext) -> None:
         settings = self._settings = context.settings

@@ -70,7 +70,7 @@ _Receipt = LocalReceipt | RemoteReceipt
 
 
 class Router:
-    """Implements `ports.AgentService` and `ports.DeliveryEvidence` with the bridges of this replica's shards.
+    """`ports.AgentService` and `ports.DeliveryEvidence` on the bridges of this replica's shards.
 
     Callers try to forward a call first. A call whose shard is not here gets an answer that confirms nothing.
     """
@@ -180,7 +180,7 @@ class Continued(Coroutine[Any, Any, _Result], Generic[_First, _Result]):
 
 
 class ClusterFallback:
-    """Implements `ports.Fallback` with the fallback of each shard."""
+    """`ports.Fallback` on the fallback of each shard."""
 
     def __init__(
         self, locator: ShardLocator, shards: ShardManager, settings: Callable[[], Settings], clock: Clock

@@ -1,6 +1,6 @@
 """Management of this replica's shards: acquire, serve, release.
 
-The shards of a replica that died are acquired as all others that no member holds, once its row is evicted.
+Once the row of a replica that died is deleted, its shards are acquired like all others that no member holds.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class ShardManager:
 
 
 class ShardLocator:
-    """Finds the shard of a token, and the replica that owns it.
+    """Finder of a token's shard, and of the replica that owns it.
 
     `shard_of(token)` returns the number of a caller's shard, `None` without a token where one is needed.
     """

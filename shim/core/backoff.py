@@ -16,8 +16,7 @@ class FailureKind(Enum):
     """Kinds of failed dials, which differ in the longest delay before the next dial.
 
     LOSS: the controller is unreachable; the short cap finds it soon after its return. REFUSED: the controller answered
-    and rejected the connection. Consequences of a close code for the next dial
-    (docs/reference/protocol.md#21-link-life).
+    and rejected the connection.
     """
 
     LOSS = "loss"

@@ -385,11 +385,9 @@ class CommandQueue:
         return UncertainOutcome(tuple(again), tuple(dead))
 
     def answered(self, command_id: str) -> tuple[QueuedCommand, ...]:
-        """Remove a command for which the agent posted a result.
+        """Remove a command for which the agent posted a result. Returns the other commands that are delivered by that.
 
-        Returns the other commands that this proves to be delivered.
-
-        The result proves the delivery of the whole reply if the command was in no other reply.
+        These are all commands of the reply, if the command was in no other reply.
         """
         queued = self._by_id.get(command_id)
         if queued is None:
@@ -432,9 +430,8 @@ class CommandQueue:
     def drain_to(self, other: CommandQueue) -> None:
         """Move all commands to the queue of a successor session.
 
-        A command that both queues have stays as the successor's.
-
-        Settle an open offer before: its evidence would arrive under another session.
+        A command that both queues have stays as the successor's. Settle an open offer before: its evidence would arrive
+        under another session.
         """
         for queued in self.all():
             self._drop(queued)
