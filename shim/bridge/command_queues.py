@@ -114,7 +114,7 @@ class CommandQueues:
             outcome = queue.mark_uncertain(queue.offer, "superseded", self._ctx.queue_policy)
             self.handle_uncertain(target, outcome, "superseded", at.unix)
         successor = self.get_or_create(target)
-        queue.drain_to(successor)
+        queue.move_to(successor)
         for queued in successor.all():
             self.schedule_expiry(target, queued, at.now)
 

@@ -427,7 +427,7 @@ class CommandQueue:
         self.offer = None
         return ended
 
-    def drain_to(self, other: CommandQueue) -> None:
+    def move_to(self, other: CommandQueue) -> None:
         """Move all commands to the queue of a successor session.
 
         A command that both queues have stays as the successor's. Settle an open offer before: its evidence would arrive

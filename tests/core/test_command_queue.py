@@ -316,7 +316,7 @@ def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own()
     new = CommandQueue(other)
     for each in (record(2), record(3, type="own")):
         new.add(each, expires_at=100.0, since=float(each.seq))
-    old.drain_to(new)
+    old.move_to(new)
     assert [(live.record.id, live.record.type, live.attempts, live.reason) for live in new.all()] == [
         ("k1", "exec", 0, ""),
         ("k2", "exec", 0, ""),
@@ -333,7 +333,7 @@ def test_a_successor_gets_everything_in_the_order_of_arrival_and_keeps_its_own()
 def test_a_successor_knows_what_was_offered_since_the_commands_were_stored() -> None:
     old, new = queue_of(record(1)), CommandQueue(SessionKey("default", "cluster", "c-2"))
     old.mark_uncertain(offered(old), "superseded", POLICY)
-    old.drain_to(new)
+    old.move_to(new)
     [moved] = new.all()
     assert (moved.state, moved.attempts, moved.reason) == (CommandState.UNCERTAIN, 1, "superseded")
     assert (moved.replies, moved.expires_at) == (1, 100.0)
