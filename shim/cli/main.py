@@ -61,6 +61,9 @@ def _exit(error: Exception) -> NoReturn:
         # At its end Python writes what is left in the buffer. If that fails, its exit code is 120.
         with open(os.devnull, "wb") as nothing, contextlib.suppress(OSError):  # noqa: PTH123 - a device
             os.dup2(nothing.fileno(), 1)
+    elif isinstance(error, FileNotFoundError) and _directory_is_gone():
+        code = vars(error).get("exit_code", EXIT_FAILED)
+        lines = ["Error: the working directory was removed: change to one that exists"]
     elif isinstance(error, ModuleNotFoundError) and package in _OPTIONAL:
         lines = [f"Error: this needs {package}: pip install 'agent-shim[{_OPTIONAL[package]}]'"]
     else:
@@ -71,3 +74,13 @@ def _exit(error: Exception) -> NoReturn:
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
     sys.exit(code)
+
+
+def _directory_is_gone() -> bool:
+    from pathlib import Path
+
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False

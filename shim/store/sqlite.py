@@ -110,9 +110,9 @@ class SqliteStore(QueuedStore):
 
     def open(self) -> StoreContents:
         """Open the database (`ports.CommandStore`). Rename a corrupt one and start with an empty one."""
-        # Resolve symbolic links, as SQLite does: its log and our lock file are beside the target.
-        self._path = Path(os.path.realpath(self._path))
         with _translated(self._path):
+            # Resolve symbolic links, as SQLite does: its log and our lock file are beside the target.
+            self._path = Path(os.path.realpath(self._path))
             files.require_regular_files(self._path)
             warnings = files.prepare_directory(self._path)
             lock = StoreLock(self._path)

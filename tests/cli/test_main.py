@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 
 def test_a_run_imports_neither_click_nor_the_web_framework(tmp_path: Path) -> None:
@@ -38,3 +41,28 @@ def test_a_closed_output_is_no_defect(tmp_path: Path) -> None:
     shell = f'exec "$0" -m shim inject -f {tmp_path}/pod.yaml --image registry.example/a:1 --own-token >&-'
     done = subprocess.run(["sh", "-c", shell, sys.executable], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("doctor --set upstream.url=http://127.0.0.1:1", 1, "Error: the working directory was removed"),
+        ("rollout report --kubeconfig-glob '*.yaml'", 64, "Error: the working directory was removed"),
+        (
+            "run --set upstream.url=http://127.0.0.1:1 --set listen.port=0 --set admin.port=0",
+            70,
+            "store.path agent-shim.db",
+        ),
+    ],
+)
+def test_a_working_directory_that_was_removed_is_named(command: str, code: int, said: str, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    shell = f'cd {gone} && rmdir {gone} && exec "$0" -m shim {command}'
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
