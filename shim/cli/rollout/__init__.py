@@ -17,6 +17,7 @@ from shim.cli.rollout.cluster import Cluster
 from shim.cli.rollout.report import Report, as_json, headline, reason_line, text
 from shim.cli.rollout.sources import Source, collect, contexts_places, source_of, source_options
 from shim.cli.rollout.verdict import Decision, judge
+from shim.cli.threads import is_interrupt
 from shim.clock import Clock
 from shim.config.settings import Rollout
 from shim.core.text import printable
@@ -47,6 +48,11 @@ def _failures_exit_64() -> Iterator[None]:
     except (click.ClickException, OSError) as error:  # `shim.cli.main` and click read the code
         vars(error)["exit_code"] = EXIT_USAGE
         raise
+    except (KeyboardInterrupt, RuntimeError) as error:  # click would exit with 1
+        if not is_interrupt(error):
+            raise
+        click.echo("Aborted!", err=True)
+        raise click.exceptions.Exit(EXIT_USAGE) from None
 
 
 @click.group("rollout", cls=_Group)

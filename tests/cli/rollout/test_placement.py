@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +176,21 @@ def test_a_verdict_that_cannot_be_written_is_none(tmp_path: Path) -> None:
     for form in ("--html", "--json"):
         code, err = rollout("report", "--urls", str(tmp_path / "one"), form, stdout=">/dev/full")
         assert (code, err) == (64, "Error: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("part", ["report", "step"])
+def test_an_interrupted_report_has_no_verdict(part: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        (tmp_path / "one").write_text(f"one http://127.0.0.1:{silent.getsockname()[1]}\n")
+        command = [sys.executable, "-m", "shim", "rollout", part, "--urls", str(tmp_path / "one")]
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
+            silent.accept()[0],  # the command has asked, and waits for an answer
+        ):
+            child.send_signal(signal.SIGINT)
+            out, _ = child.communicate(timeout=60)
+        assert (child.returncode, out) == (64, "")
 
 
 def test_names_that_could_control_a_terminal_are_shown_without_that() -> None:
