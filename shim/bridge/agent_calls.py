@@ -121,14 +121,12 @@ class AgentCallHandler:
 
     def _called(self, owner: str, caller: Caller, call: _SessionCall, operation: str, now: float) -> Session:
         """Return the session of a call, with its link connected. Raises `AgentError`."""
-        session = self._session_registry.session_for_call(owner, call.target, call.dialect, now)
-        self._usage.note(session.key, call.dialect, operation, session.last_seen_unix)
+        session = self._session_registry.session_for_call(owner, call.target, call.dialect, operation, now)
         self._links.link_for(session, caller, now)
         return session
 
     def _heartbeat(self, owner: str, caller: Caller, call: HeartbeatCall, now: float) -> Outcome:
         session = self._session_registry.heartbeat(owner, call, now)
-        self._usage.note(session.key, call.dialect, "heartbeat", session.last_seen_unix)
         link = self._links.link_for(session, caller, now)
         self._heartbeats.heartbeat(session, now)
         machine = link.machine

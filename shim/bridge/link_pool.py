@@ -90,7 +90,9 @@ class LinkPool:
         if link is None or link.stopped:
             link = session.link = self.get(session.key.owner, self.link_name(session), caller.token)
         if session.gateway is None or not session.gateway.routed:
-            link.ensure_connected(now)
+            link.needed_at = now
+            if link.up_connection is None:
+                link.ensure_connected(now)
         return link
 
     def sessions_of(self, link: UpstreamLink) -> list[Session]:

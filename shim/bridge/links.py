@@ -166,7 +166,9 @@ class LinkContext:
 class UpstreamLink:
     """One link to the controller. `token` is held in memory only.
 
-    `acks` is True if the controller acknowledges heartbeats, as far as earlier connections have shown, or None.
+    `connection` is the open connection, `up_connection` the same one while it may carry heartbeats and results: None
+    while registrations are still being replayed. `acks` is True if the controller acknowledges heartbeats, as far as
+    earlier connections have shown, or None.
     """
 
     def __init__(self, ctx: BridgeContext, owner: str, name: str, token: str, shared: LinkContext) -> None:
@@ -174,6 +176,7 @@ class UpstreamLink:
         self.name = name
         self.token = token
         self.connection: UpstreamConnection | None = None
+        self.up_connection: UpstreamConnection | None = None
         self.acks: bool | None = None
         self._ctx = ctx
         self._shared = shared
@@ -200,11 +203,6 @@ class UpstreamLink:
         return self.machine.state is LinkState.ONLINE
 
     @property
-    def up_connection(self) -> UpstreamConnection | None:
-        """The connection for heartbeats and results, or None while registrations are still being replayed."""
-        return self.connection if self.machine.state is LinkState.ONLINE else None
-
-    @property
     def rejection_key(self) -> SessionKey:
         """The key under which rejections without a session are stored, so that they are sent to the same peer."""
         return SessionKey(self.owner, LINK_KIND, self.name)
@@ -227,6 +225,7 @@ class UpstreamLink:
             log.error("illegal_transition", link=self.name, error=str(error))
             return
         state = self.machine.state
+        self.up_connection = self.connection if state is LinkState.ONLINE else None
         if state is not before:
             # Logged at level info if a connection came or went, else at level debug.
             matters = before in _CONNECTED or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)

@@ -61,9 +61,8 @@ class LongPolls:
 
         Raises `AgentError` as `SessionRegistry.session_for_call` and `LinkPool.link_for` do.
         """
-        session = self._session_registry.session_for_call(owner, call.target, call.dialect, now)
+        session = self._session_registry.session_for_call(owner, call.target, call.dialect, "poll", now)
         session.poll_at = now
-        self._session_registry.usage.note(session.key, call.dialect, "poll", session.last_seen_unix)
         self._links.link_for(session, caller, now)
         limit_s = self.limit_s(session.hold)
         if limit_s > 0 or self._delivery.has_pending(session.key):

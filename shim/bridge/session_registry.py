@@ -1,8 +1,8 @@
-"""The sessions of all agents: lookup, adoption, supersession, quotas and persistence."""
+"""The sessions of all agents: lookup, adoption, supersession, quotas, and the legacy routes that each agent uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from shim.bridge.registration import PendingRegistration
 from shim.bridge.session_persistence import STORE_WAIT_S, SessionPersistence
 from shim.core.agent_calls import Failed, HeartbeatCall, RegisterCall, Registered, SessionTarget, TargetKind
 from shim.core.bounds import FREE_KEPT_BYTES
-from shim.core.call_records import RouteUsage
+from shim.core.call_records import MAX_AGENTS, Route
 from shim.core.records import (
     DeleteSession,
     MoveSession,
@@ -30,6 +30,50 @@ MAX_UNVERIFIED_SESSIONS = 8
 RETRY_AFTER_S = 60
 SAVE_SEEN_EVERY_S = 3600.0
 KEEP_AGAIN_S = 30
+
+
+class RouteUse(msgspec.Struct):
+    """Calls of one route by one agent since this process started."""
+
+    count: int
+    first_unix: float
+    last_unix: float
+    route: Route = ("", "")
+
+
+class RouteUsage:
+    """Counter of calls by agent and legacy route. Beyond `max_agents` the agent that was added first is dropped."""
+
+    def __init__(self, max_agents: int = MAX_AGENTS) -> None:
+        self._max_agents = max_agents
+        self._agents: dict[SessionKey, list[RouteUse]] = {}  # lists, because an agent uses too few routes for a dict
+        self._routes: dict[Route, Route] = {}
+
+    def note(self, key: SessionKey, dialect: str, operation: str, wall: float) -> None:
+        """Count a call. Every request calls this, so it must be fast."""
+        uses = self._agents.get(key)
+        if uses is None:
+            uses = self._add(key)
+        route = (dialect, operation)
+        for use in uses:
+            if use.route == route:
+                use.count += 1
+                use.last_unix = wall
+                return
+        uses.append(RouteUse(1, wall, wall, self._routes.setdefault(route, route)))
+
+    def forget(self, key: SessionKey) -> None:
+        """Drop a session that was deleted or has another key now."""
+        self._agents.pop(key, None)
+
+    def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, RouteUse]]]:
+        return iter([(key, {use.route: use for use in uses}) for key, uses in self._agents.items()])
+
+    def _add(self, key: SessionKey) -> list[RouteUse]:
+        if len(self._agents) >= self._max_agents:
+            del self._agents[next(iter(self._agents))]
+        uses = self._agents[key] = []
+        return uses
 
 
 class SessionRegistry:
@@ -73,7 +117,7 @@ class SessionRegistry:
 
     # --- calls of agents ----------------------------------------------------------------------------------------------
 
-    def session_for_call(self, owner: str, target: SessionTarget, dialect: str, now: float) -> Session:
+    def session_for_call(self, owner: str, target: SessionTarget, dialect: str, operation: str, now: float) -> Session:
         """Return the session of a call and record the contact; create the session if its owner does not have it.
 
         Raises `AgentError` 503 if the owner may not have another session.
@@ -89,6 +133,7 @@ class SessionRegistry:
             self._ctx.metrics.sessions_adopted.inc()
             log.info("session_adopted", session=key.ident, kind=key.kind, dialect=dialect)
             self.persistence.save_session(session)
+            self.usage.note(key, dialect, operation, wall)
             return session
         first = session.contact_at is None
         session.touch(now, wall)
@@ -97,6 +142,7 @@ class SessionRegistry:
             log.info("agent_first_call", session=session.key.ident, dialect=dialect)
         if first or wall - session.persisted_last_seen > SAVE_SEEN_EVERY_S:
             self.persistence.save_session(session)
+        self.usage.note(session.key, dialect, operation, wall)
         return session
 
     def heartbeat(self, owner: str, call: HeartbeatCall, now: float) -> Session:
@@ -109,7 +155,7 @@ class SessionRegistry:
             sessions.find_target(owner, call.target), call
         ):
             raise AgentError(503, "too many large heartbeats are kept", retry_after_s=KEEP_AGAIN_S)
-        session = self.session_for_call(owner, call.target, call.dialect, now)
+        session = self.session_for_call(owner, call.target, call.dialect, "heartbeat", now)
         if call.size_bytes > FREE_KEPT_BYTES or session.kept_bytes:
             sessions.keep(session, call)
         if call.agent_id and session.agent_id and call.agent_id != session.agent_id:

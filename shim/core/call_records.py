@@ -1,13 +1,12 @@
 """Records of calls for the status, doctor and the alerts, each with bounded memory.
 
-The calls of the last minute, the calls to the vendor's HTTP API (docs/reference/protocol.md#4-modes), and the legacy
-routes that each agent uses.
+The calls of the last minute, and the calls to the vendor's HTTP API (docs/reference/protocol.md#4-modes).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
@@ -210,47 +209,3 @@ def route_of(call: AgentCall) -> Route:
     kind = type(call)
     dialect: str = _DIALECTS[kind] if kind in _DIALECTS else getattr(call, "dialect", "")
     return dialect, _OPERATIONS[kind]
-
-
-class RouteUse(msgspec.Struct):
-    """Calls of one route by one agent since this process started."""
-
-    count: int
-    first_unix: float
-    last_unix: float
-    route: Route = ("", "")
-
-
-class RouteUsage:
-    """Counter of calls by agent and route. Beyond `max_agents` the agent that was added first is dropped."""
-
-    def __init__(self, max_agents: int = MAX_AGENTS) -> None:
-        self._max_agents = max_agents
-        self._agents: dict[SessionKey, list[RouteUse]] = {}  # lists, because an agent uses too few routes for a dict
-        self._routes: dict[Route, Route] = {}
-
-    def note(self, key: SessionKey, dialect: str, operation: str, wall: float) -> None:
-        """Count a call. Every request calls this, so it must be fast."""
-        uses = self._agents.get(key)
-        if uses is None:
-            uses = self._add(key)
-        route = (dialect, operation)
-        for use in uses:
-            if use.route == route:
-                use.count += 1
-                use.last_unix = wall
-                return
-        uses.append(RouteUse(1, wall, wall, self._routes.setdefault(route, route)))
-
-    def forget(self, key: SessionKey) -> None:
-        """Drop a session that was deleted or has another key now."""
-        self._agents.pop(key, None)
-
-    def __iter__(self) -> Iterator[tuple[SessionKey, dict[Route, RouteUse]]]:
-        return iter([(key, {use.route: use for use in uses}) for key, uses in self._agents.items()])
-
-    def _add(self, key: SessionKey) -> list[RouteUse]:
-        if len(self._agents) >= self._max_agents:
-            del self._agents[next(iter(self._agents))]
-        uses = self._agents[key] = []
-        return uses

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from shim.bridge.session_registry import RouteUse
 from shim.config.rules import parse_date_s
 from shim.config.settings import Sunset
-from shim.core.call_records import Route, RouteUse
+from shim.core.call_records import Route
 from shim.core.failover import bucket, in_rollout
 from shim.core.records import SessionKey
 from shim.core.text import format_duration, plural

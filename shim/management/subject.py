@@ -15,8 +15,9 @@ from shim.bridge.admin_actions import NOT_FOUND, AdminActions, Drain, DrainState
 from shim.bridge.delivery import MAX_HAND_OVER_SAMPLES
 from shim.bridge.links import UpstreamLink
 from shim.bridge.registration import RefusedRegistration
+from shim.bridge.session_registry import RouteUse
 from shim.bridge.websocket_agents import WebSocketAgent
-from shim.core.call_records import Route, RouteUse
+from shim.core.call_records import Route
 from shim.core.command_queue import SHOWN_COMMANDS, CommandQueue, RecentCommand
 from shim.core.records import CommandDetails, CommandRecord, SessionKey
 from shim.core.sessions import Session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from shim.bridge.session_registry import RouteUsage, RouteUse
 from shim.core.agent_calls import (
     AgentCall,
     HealthCall,
@@ -17,7 +18,7 @@ from shim.core.agent_calls import (
     TunnelInfoCall,
     TunnelPollCall,
 )
-from shim.core.call_records import CallCount, CallKind, RouteUsage, RouteUse, route_of, rows
+from shim.core.call_records import CallCount, CallKind, route_of, rows
 from shim.core.records import SessionKey
 
 TARGET = SessionTarget(TargetKind.AGENT, "a")

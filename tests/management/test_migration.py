@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from shim.bridge.session_registry import RouteUsage
 from shim.config.settings import Sunset
 from shim.core.agent_calls import SessionTarget, TargetKind, TunnelInfoCall
-from shim.core.call_records import RouteUsage
 from shim.core.records import SessionKey
 from shim.management.migration import migration, paths, sunset
 from shim.management.subject import Subject
