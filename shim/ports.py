@@ -313,11 +313,14 @@ class FallbackScope(Enum):
 class Fallback(Protocol):
     """Server of calls by the vendor's HTTP API (docs/reference/protocol.md#4-modes)."""
 
+    @property
+    def in_use(self) -> bool:
+        """False while the configuration sends no call to the HTTP API: `scope` is `NONE` then. Every request asks."""
+
     def scope(self) -> FallbackScope:
         """Return the share of the calls that may be sent to the HTTP API now.
 
-        With `ALL` every request is sent there, so requests need not be parsed. Every request asks for it, so it must
-        be fast.
+        With `ALL` every request is sent there, so requests need not be parsed.
         """
 
     def handles(self, caller: Caller, call: AgentCall) -> bool:

@@ -185,6 +185,7 @@ class SingleRuntime:
     def reload(self, settings: Settings) -> None:
         """Apply new settings."""
         self.bridge.ctx.settings = settings
+        self.fallback.reload()
 
     def token_changed(self) -> None:
         """Use the new upstream token."""

@@ -38,7 +38,6 @@ ELSEWHERE = {
     "config/yaml_file.py": "config/test_loader.py",
     "core/agent_calls.py": "protocol/dialects/test_requests.py",
     "core/bounds.py": "protocol/dialects/test_bounds.py",
-    "core/call_records.py": "core/test_fallback_record.py",
     "core/records.py": "store/test_contract.py",
     "errors.py": "config/test_loader.py",
     "ports.py": "store/test_contract.py",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from prometheus_client import Counter, Histogram, generate_latest
 
+from shim.agent_api.routing import Router
 from shim.metrics import MAX_CHILDREN, Labelled, LabelledCounter, Metrics, Registry, RequestCounts
-from shim.protocol.dialects import Router, load
+from shim.protocol.dialects import load
 
 
 def counter(registry: Registry, **labels: tuple[str, ...] | None) -> LabelledCounter:

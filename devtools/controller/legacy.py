@@ -14,6 +14,7 @@ from aiohttp import web
 
 from devtools.controller.history import EventKind
 from devtools.controller.state import ControllerState, Tokens, bearer
+from shim.agent_api.routing import Router
 from shim.core.agent_calls import (
     Accepted,
     Commands,
@@ -61,7 +62,7 @@ class LegacyApi:
     def __init__(self, books: ControllerState, tokens: Tokens) -> None:
         self._books = books
         self._tokens = tokens
-        self._router = dialects.Router(dialects.load())
+        self._router = Router(dialects.load())
         self._waiting: dict[str, deque[OfferedCommand]] = defaultdict(deque)
         self.refuse = 0
 

@@ -12,6 +12,10 @@ from aiohttp.log import ws_logger
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_ws import WebSocketResponse
 
+from shim.agent_api.connection import RequestContext
+from shim.agent_api.forwarding import headers_of
+from shim.errors import AgentError
+from shim.fallback.websocket_proxy import WebSocketProxy
 from shim.ports import Frame
 from shim.upstream.websocket import CloseFrameReader, frame_of, opcode_of
 
@@ -90,3 +94,26 @@ class AgentWebSocket(WebSocketResponse):
             transport.abort()
         else:
             transport.close()
+
+
+async def carry(
+    request: RequestContext, websockets: WebSocketProxy, target: str, token: str, max_message_bytes: int
+) -> AgentWebSocket:
+    """Open both sides of an agent's WebSocket, and pass on its frames until it ends.
+
+    Raises `AgentError` if the handshake is malformed or the controller's side cannot be opened.
+    """
+    request.step = "call"
+    aiohttp_request = request.request
+    if aiohttp_request is None or not AgentWebSocket(max_message_bytes, "").can_prepare(aiohttp_request):
+        raise AgentError(400, "malformed WebSocket handshake")
+    request.step = "answer"
+    carried = await websockets.open(target, headers_of(request.message), token)
+    agent = AgentWebSocket(max_message_bytes, carried.subprotocol)
+    try:
+        await agent.prepare(aiohttp_request)
+    except BaseException:
+        carried.abort()
+        raise
+    await carried.run(agent)
+    return agent

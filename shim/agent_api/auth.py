@@ -1,12 +1,11 @@
-"""Access checks by headers: browsers and foreign host names are rejected, tokens are compared.
+"""Checks by headers, whatever the token: browsers and foreign host names are rejected; handshakes are recognised.
 
 See docs/reference/protocol.md#1-legacy-side.
 """
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from urllib.parse import parse_qs, urlsplit
 
 from aiohttp import hdrs
@@ -14,26 +13,19 @@ from aiohttp.http_parser import RawRequestMessage
 from multidict import istr
 
 from shim.config.settings import Listen
-from shim.errors import AgentError, ConfigError
+from shim.errors import AgentError
 from shim.hosts import is_loopback
 from shim.protocol.http import bearer, host_name
 
 _SEC_FETCH_SITE = istr("Sec-Fetch-Site")
 _REMEMBERED_HOSTS = 256
-RETRY_AFTER_S = 5  # a changed token file is noticed within this time
 
 
 class Guard:
-    """Access check of requests by their headers.
+    """Access check of requests by their headers, whatever their token."""
 
-    `token()` returns the upstream token; `token` is None if agents bring tokens of their own.
-    """
-
-    def __init__(self, listen: Listen, token: Callable[[], str] | None) -> None:
-        on_loopback = listen.on_loopback
-        self._token = token
-        self._required = listen.auth == "required" or (listen.auth == "auto" and not on_loopback)
-        self._any_host = not on_loopback and not listen.allowed_hosts
+    def __init__(self, listen: Listen) -> None:
+        self._any_host = not listen.on_loopback and not listen.allowed_hosts
         self._hosts = {host.lower() for host in (*listen.allowed_hosts, *listen.hosts)}
         self._known: dict[str, bool] = {}
 
@@ -49,23 +41,6 @@ class Guard:
             host = headers.get(hdrs.HOST)
             if host is not None and not (self._known.get(host) or self._is_ours(host)):
                 raise AgentError(403, "the Host header names another host")
-
-    def authorize(self, token: str) -> None:
-        """Raise `AgentError` 401 for a Bearer token that is not accepted; a missing token is an empty string.
-
-        Raises `AgentError` 503 while the file with the expected token cannot be read.
-        """
-        if self._token is None:
-            if not token:
-                raise AgentError(401, "a token is required")
-        elif self._required:
-            try:
-                expected = self._token()
-            except ConfigError:  # the log says why, for the link cannot be dialled either
-                raise AgentError(503, "the shim cannot read its own token", retry_after_s=RETRY_AFTER_S) from None
-            # While the upstream token is not available yet it is empty, and must not equal the empty token of a call.
-            if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
-                raise AgentError(401, "the token is not accepted")
 
     def _is_ours(self, host: str) -> bool:
         known = self._known.get(host)

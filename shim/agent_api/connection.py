@@ -420,9 +420,9 @@ class RequestContext:
     The request did not arrive before `arrived_s`; `started_s` is the best estimate of its arrival, and `now_s` the time
     at which it was complete (loop time). `complete` is True if its whole body has arrived, `immediate` if its reply may
     be written without a handler task. `step` names the current step for the metric `bad_requests`. `answer` is the
-    reply, or the coroutine that makes it. `request` is aiohttp's object, which exists in the handler task only. `data`
-    are the bytes of the body once they are read, and `encoded` those of the reply's body. `scope` is the share of calls
-    that may go by the vendor's HTTP API.
+    reply, or the coroutine that makes it. `request` is aiohttp's object, which exists in the handler task only.
+    `request_id` is the client's, None unless it is well-formed. `data` are the bytes of the body once they are read,
+    and `encoded` those of the reply's body. `scope` is the share of calls that may go by the vendor's HTTP API.
     """
 
     __slots__ = (
@@ -446,6 +446,7 @@ class RequestContext:
         "now_s",
         "receipt",
         "request",
+        "request_id",
         "scope",
         "started_s",
         "step",
@@ -470,6 +471,7 @@ class RequestContext:
         self.admitted: Admitted | None = None
         self.answer: Reply | Coroutine[Any, Any, Any] | None = None
         self.request: BaseRequest | None = None
+        self.request_id: str | None = None
         self.match: Match | None = None
         self.caller: Caller | None = None
         self.call: Call | None = None

@@ -338,8 +338,8 @@ class ClusterListener(AgentServer):
         self._owned = owned
         super().__init__(*args, **more)
 
-    def _make_guard(self, token: Callable[[], str] | None) -> Guard:
-        return _NoGuard(self._listen, token)
+    def _make_guard(self) -> Guard:
+        return _NoGuard(self._listen)
 
     def _make_handler(self, *args: Any) -> RequestHandler:
         return ClusterRequestHandler(*args, owned=self._owned, operate=self._operate)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator
 
-import msgspec
 from aiohttp import hdrs
 from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
@@ -20,9 +18,8 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
 from shim.agent_api.connection import RequestContext
-from shim.core.bounds import FREE_BYTES, LONG_TEXT_BYTES, MAX_VALUES, Budget
+from shim.core.bounds import FREE_BYTES, LONG_TEXT_BYTES, Budget
 from shim.errors import AgentError, NoRoom
-from shim.protocol import lenient_json
 
 RETRY_AFTER_S = 1
 _GZIP = zlib.MAX_WBITS | 16
@@ -53,42 +50,6 @@ class LongWork:
                 yield
             finally:
                 self._next_s = 2 * loop.time() - began_s
-
-
-class InFlight:
-    """Number of requests in progress per agent.
-
-    An agent is identified by the id in its calls, and by its token if agents bring tokens of their own.
-    """
-
-    def __init__(self, limit: int, *, own_tokens: bool) -> None:
-        self._limit = limit
-        self._own_tokens = own_tokens
-        self._counts: dict[tuple[str, str], int] = {}
-
-    def __len__(self) -> int:
-        """Return the number of agents with requests in progress."""
-        return len(self._counts)
-
-    def enter(self, token: str, ident: str) -> tuple[str, str]:
-        """Count a request of the agent with this token and id; return the key for `leave`.
-
-        Raises `AgentError` 429 beyond the limit.
-        """
-        key = (token if self._own_tokens else "", ident)
-        count = self._counts.get(key, 0)
-        if count >= self._limit:
-            raise AgentError(429, "too many requests of this agent at a time", retry_after_s=RETRY_AFTER_S)
-        self._counts[key] = count + 1
-        return key
-
-    def leave(self, key: tuple[str, str]) -> None:
-        """End the count of a request."""
-        count = self._counts[key] - 1
-        if count:
-            self._counts[key] = count
-        else:
-            del self._counts[key]
 
 
 class BodyRejected(AgentError):
@@ -180,25 +141,6 @@ def whole_body(body: StreamReader | bytes, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise too_large()
     return data
-
-
-def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
-    """Return the JSON value of a body, or None if it is empty; `replaced` as in `lenient_json.decode`.
-
-    Raises `AgentError` 400, or 413 for more values than `MAX_VALUES`: a small body can have many, each an object in
-    memory.
-    """
-    if not data:
-        return None
-    # Every value takes at least one byte, so most bodies need not be searched.
-    too_many = len(data) > MAX_VALUES and lenient_json.has_too_many_values(data)
-    try:
-        if not too_many:
-            return lenient_json.decode(data, replaced)
-        msgspec.json.decode(data, type=msgspec.Raw)  # raises for invalid JSON, without creating any values
-    except (ValueError, RecursionError):
-        raise AgentError(400, "the body is not valid JSON") from None
-    raise AgentError(413, f"the body has more than {MAX_VALUES} values")
 
 
 def meet_expectation(request: RequestContext) -> None:

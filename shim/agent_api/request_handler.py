@@ -7,26 +7,25 @@ requests are heartbeats and end there. For all others `begin` returns a coroutin
 from __future__ import annotations
 
 import contextlib
+import hmac
 import logging
 import math
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from aiohttp import hdrs
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 from msgspec.structs import replace
-from yarl import URL
 
 from shim.agent_api.auth import Guard, is_handshake, token_of
 from shim.agent_api.connection import Admitted, RequestContext
-from shim.agent_api.forwarding import forwarded, headers_of, is_large, target_of
+from shim.agent_api.forwarding import forwarded, is_large, target_of
 from shim.agent_api.request_body import (
+    RETRY_AFTER_S,
     BodyRejected,
-    InFlight,
     LongWork,
     check_announcement,
-    decode_body,
     meet_expectation,
     plain_body,
     read_body,
@@ -35,10 +34,11 @@ from shim.agent_api.request_body import (
 )
 from shim.agent_api.response_writer import REQUEST_ID, ResponseWriter
 from shim.agent_api.responses import encode_body, well_formed_id
+from shim.agent_api.routing import RouteCache, Router
 from shim.agent_api.server_context import ServerContext
 from shim.core.agent_calls import AgentCall, Commands, Failed, PollCall, RegisterCall
 from shim.core.bounds import LONG_TEXT_BYTES, MAX_DEPTH
-from shim.errors import AgentError
+from shim.errors import AgentError, ConfigError
 from shim.fallback.websocket_proxy import WebSocketProxy
 from shim.ports import (
     Caller,
@@ -47,9 +47,10 @@ from shim.ports import (
     FallbackScope,
     ProxyResponse,
 )
-from shim.protocol.dialects import Call, Dialect, Match, Reply, Router, error_reply
+from shim.protocol.dialects import Call, Dialect, Match, Reply, error_reply
+from shim.protocol.lenient_json import decode_body
 
-_REMEMBERED_TARGETS = 4096
+TOKEN_RETRY_AFTER_S = 5  # a changed token file is noticed within this time
 logger = logging.getLogger(__name__)
 Answer = Reply | ProxyResponse | StreamResponse
 Served = Answer | CallResult
@@ -58,61 +59,58 @@ Waiting = Coroutine[Any, Any, Served]
 """The rest of a request that has to wait, as a coroutine that has not started."""
 
 
-class RouteCache(dict[tuple[str, str], Match]):
-    """Routes by (method, target), as far as these were seen lately. A lookup routes a new target.
+class InFlight:
+    """Number of requests in progress per agent.
 
-    A lookup raises `AgentError` 400, 404 or 405.
+    An agent is identified by the id in its calls, and by its token if agents bring tokens of their own.
     """
 
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self._router = router
+    def __init__(self, limit: int, *, own_tokens: bool) -> None:
+        self._limit = limit
+        self._own_tokens = own_tokens
+        self._counts: dict[tuple[str, str], int] = {}
 
-    def __missing__(self, key: tuple[str, str]) -> Match:
-        match = self._find(*key)
-        if len(self) >= _REMEMBERED_TARGETS:
-            self.clear()
-        self[key] = match
-        return match
+    def __len__(self) -> int:
+        """Return the number of agents with requests in progress."""
+        return len(self._counts)
 
-    def _find(self, method: str, target: str) -> Match:
-        if method == hdrs.METH_CONNECT:
-            raise BodyRejected(405, "method not allowed")  # after CONNECT aiohttp takes all further bytes for a body
-        path = _path_of(target)
-        if method == hdrs.METH_HEAD:
-            match = self._router.match(hdrs.METH_GET, path)
-            if not match.route.open:
-                # A HEAD of a poll would fetch commands and not return them.
-                raise AgentError(405, "method not allowed", allow=(match.route.method,))
-            return match
-        return self._router.match(method, path)
+    def enter(self, token: str, ident: str) -> tuple[str, str]:
+        """Count a request of the agent with this token and id; return the key for `leave`.
 
-    def allowed(self, error: AgentError, target: str) -> str:
-        """Return the `Allow` header for a 405: the methods of the target's route, and HEAD if the route is open."""
-        methods = list(error.allow)
-        if hdrs.METH_GET in methods and self._router.match(hdrs.METH_GET, _path_of(target)).route.open:
-            methods.insert(methods.index(hdrs.METH_GET) + 1, hdrs.METH_HEAD)
-        return ", ".join(methods)
+        Raises `AgentError` 429 beyond the limit.
+        """
+        key = (token if self._own_tokens else "", ident)
+        count = self._counts.get(key, 0)
+        if count >= self._limit:
+            raise AgentError(429, "too many requests of this agent at a time", retry_after_s=RETRY_AFTER_S)
+        self._counts[key] = count + 1
+        return key
 
-
-def _path_of(target: str) -> str:
-    """Return the raw path without the query. Raises `AgentError` 400 if it is not UTF-8."""
-    path = target.partition("?")[0].partition("#")[0] if target.startswith("/") else URL(target, encoded=True).raw_path
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise AgentError(400, "the path is not valid UTF-8") from None
-    return path
+    def leave(self, key: tuple[str, str]) -> None:
+        """End the count of a request."""
+        count = self._counts[key] - 1
+        if count:
+            self._counts[key] = count
+        else:
+            del self._counts[key]
 
 
 class RequestHandler:
-    """Handler of all requests of one server."""
+    """Handler of all requests of one server.
+
+    `token()` returns the upstream token; `token` is None if agents bring tokens of their own.
+    """
 
     def __init__(
-        self, server_context: ServerContext, guard: Guard, dialects: Iterable[Dialect], in_flight: InFlight
+        self,
+        server_context: ServerContext,
+        guard: Guard,
+        dialects: Iterable[Dialect],
+        token: Callable[[], str] | None,
     ) -> None:
+        listen = server_context.listen
         backends = server_context.backends
-        self._listen = server_context.listen
+        self._listen = listen
         self._agent_service = backends.agent_service
         self._evidence = backends.evidence
         self._fallback = backends.fallback
@@ -123,9 +121,13 @@ class RequestHandler:
         self._metrics = server_context.metrics
         self._budget = server_context.budget
         self._guard = guard
-        self._routes = RouteCache(Router(dialects, server_context.listen.base_path))
-        self._in_flight = in_flight
+        self._routes = RouteCache(Router(dialects, listen.base_path))
+        self._in_flight = InFlight(listen.max_in_flight_per_session, own_tokens=token is None)
+        self._token = token
+        needed = listen.auth == "required" or (listen.auth == "auto" and not listen.on_loopback)
+        self._token_needed = token is None or needed
         self._long_work = LongWork()
+        self._responses = server_context.responses
         self._writer = ResponseWriter(server_context)
         self._replaced = server_context.metrics.invalid_characters.labels("agent").inc
 
@@ -142,12 +144,15 @@ class RequestHandler:
             admitted = request.admitted
             if admitted is None:
                 headers = request.headers
+                request.request_id = well_formed_id(headers.get(REQUEST_ID))
                 self._guard.check(headers)
                 if self._websockets is not None and hdrs.UPGRADE in headers and is_handshake(request.message):
                     target = target_of(request.message.path, self._listen.base_path)
                     if self._websockets.serves(target):
                         return self._carry(request, self._websockets, target)
-            if self._fallback is not None:
+            else:
+                request.request_id = admitted.request_id
+            if self._fallback is not None and self._fallback.in_use:
                 request.scope = self._fallback.scope()
                 if request.scope is FallbackScope.ALL:
                     return self._proxy(request, self._fallback)
@@ -157,7 +162,8 @@ class RequestHandler:
             caller = request.caller = admitted.caller
             request.step = "auth"
             if not match.route.open:
-                self._guard.authorize(caller.token)
+                if self._token_needed:
+                    self._authorize(caller.token)
                 request.step = "owner"
                 if self._is_elsewhere is not None and self._is_elsewhere(caller.token):
                     return None if self._forward_at_once(request, match, caller) else self.forward_or_serve(request)
@@ -179,10 +185,27 @@ class RequestHandler:
             match,
             caller,
             headers.get(hdrs.USER_AGENT, ""),
-            well_formed_id(headers.get(REQUEST_ID)),
+            request.request_id,
             hdrs.EXPECT not in headers and hdrs.CONTENT_ENCODING not in headers,
         )
         return admitted
+
+    def _authorize(self, token: str) -> None:
+        """Raise `AgentError` 401 for a Bearer token that is not accepted; a missing token is an empty string.
+
+        Raises `AgentError` 503 while the file with the expected token cannot be read.
+        """
+        if self._token is None:
+            if not token:
+                raise AgentError(401, "a token is required")
+        elif self._token_needed:
+            try:
+                expected = self._token()
+            except ConfigError:  # the log says why, for the link cannot be dialled either
+                raise AgentError(503, "the shim cannot read its own token", retry_after_s=TOKEN_RETRY_AFTER_S) from None
+            # While the upstream token is not available yet it is empty, and must not equal the empty token of a call.
+            if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
+                raise AgentError(401, "the token is not accepted")
 
     def _serve(self, request: RequestContext, admitted: Admitted) -> Reply | Waiting:
         """Serve a request at this replica. Raises `AgentError`."""
@@ -196,7 +219,10 @@ class RequestHandler:
         if not (request.complete and admitted.plain):
             check_announcement(request, limit_bytes)
             return self._read_and_serve(request, caller, match, limit_bytes)
-        data = request.data = whole_body(request.body, limit_bytes)
+        data = request.body
+        if not isinstance(data, bytes) or len(data) > limit_bytes:
+            data = whole_body(data, limit_bytes)
+        request.data = data
         if len(data) > LONG_TEXT_BYTES:
             return self._read_and_serve(request, caller, match, limit_bytes)
         return self._call(request, caller, self._parse(request, match, data))
@@ -259,10 +285,21 @@ class RequestHandler:
     # --- the end of every request -------------------------------------------------------------------------------------
 
     def response(self, request: RequestContext, reply: Reply) -> bytes:
-        """Return the whole response to a request that was answered without waiting."""
+        """Return the whole response to a request that was answered without waiting, and count it.
+
+        The connection stays open.
+        """
         if request.in_flight is not None:
             self._in_flight.leave(request.in_flight)
-        return self._writer.immediate(request, reply)
+        head_only = request.message.method == hdrs.METH_HEAD
+        response = self._responses.response(
+            reply, request.encoded, request.request_id, request.more, head_only=head_only
+        )
+        took_s = request.connection.now_s() - request.started_s
+        self._metrics.requests.count(request.match, reply.status, took_s)
+        if reply.status >= 400:
+            self._writer.record_refusal(request, reply)
+        return response
 
     async def finish(self, aiohttp_request: BaseRequest) -> StreamResponse:
         """Finish a request in its handler task, and write its reply."""
@@ -419,7 +456,7 @@ class RequestHandler:
         match = request.match
         caller = request.caller = request.connection.identify(request.headers.get(hdrs.AUTHORIZATION))
         if match is None or not match.route.open:
-            self._guard.authorize(caller.token)
+            self._authorize(caller.token)
             request.step = "owner"
             if self._is_elsewhere is not None and self._is_elsewhere(caller.token):
                 elsewhere = await self._forward(request)
@@ -456,22 +493,9 @@ class RequestHandler:
 
         Raises `AgentError` if the controller's side cannot be opened.
         """
-        from shim.agent_api.agent_websocket import AgentWebSocket  # noqa: PLC0415 - memory only where one migrated
+        from shim.agent_api.agent_websocket import carry  # noqa: PLC0415 - memory only where one migrated
 
         request.step = "auth"
         token = token_of(request.message)
-        self._guard.authorize(token)
-        request.step = "call"
-        aiohttp_request, limit_bytes = request.request, self._max_message_bytes
-        if aiohttp_request is None or not AgentWebSocket(limit_bytes, "").can_prepare(aiohttp_request):
-            raise AgentError(400, "malformed WebSocket handshake")
-        request.step = "answer"
-        carried = await websockets.open(target, headers_of(request.message), token)
-        agent = AgentWebSocket(limit_bytes, carried.subprotocol)
-        try:
-            await agent.prepare(aiohttp_request)
-        except BaseException:
-            carried.abort()
-            raise
-        await carried.run(agent)
-        return agent
+        self._authorize(token)
+        return await carry(request, websockets, target, token, self._max_message_bytes)

@@ -1,4 +1,4 @@
-"""Writing of replies, and the report to the bridge if the commands in a reply were written.
+"""Writing of replies to requests that had to wait, and the report to the bridge if their commands were written.
 
 See OFFERED in docs/reference/protocol.md#3-commands.
 """
@@ -26,32 +26,12 @@ MISDIRECTED = 421
 
 
 class ResponseWriter:
-    """Writer of replies; settles the delivery receipts of the replies and counts them."""
+    """Writer of the replies that a handler task makes; settles their delivery receipts and counts them."""
 
     def __init__(self, server_context: ServerContext) -> None:
         self._server_context = server_context
         self._responses = server_context.responses
         self._requests = server_context.metrics.requests
-
-    def immediate(self, request: RequestContext, reply: Reply) -> bytes:
-        """Return the whole response to a request whose connection stays open, and count it."""
-        response = self.response(request, reply, "")
-        now_s = request.connection.now_s()
-        self._requests.count(request.match, reply.status, now_s - request.started_s)
-        if reply.status >= 400:
-            self._record_refusal(request, reply)
-        return response
-
-    def response(self, request: RequestContext, reply: Reply, more: str) -> bytes:
-        """Return the whole response; `more` contains further header lines."""
-        if request.more:
-            more += request.more
-        if reply.retry_after_s is not None:
-            more += f"Retry-After: {reply.retry_after_s}\r\n"
-        admitted = request.admitted
-        request_id = well_formed_id(request.headers.get(REQUEST_ID)) if admitted is None else admitted.request_id
-        head_only = request.message.method == hdrs.METH_HEAD
-        return self._responses.response(reply.status, request.encoded, request_id, more, head_only=head_only)
 
     async def reply(self, request: RequestContext, reply: Reply) -> StreamResponse:
         """Write a reply of the shim's own and end the request."""
@@ -62,13 +42,16 @@ class ResponseWriter:
             more += "Connection: close\r\n"
         elif message.version != HttpVersion11:
             more += "Connection: keep-alive\r\n"
-        response = self.response(request, reply, more)
+        head_only = message.method == hdrs.METH_HEAD
+        more += request.more
+        response = self._responses.response(reply, request.encoded, request.request_id, more, head_only=head_only)
         if reply.status >= 400:
-            self._record_refusal(request, reply)
+            self.record_refusal(request, reply)
         written = await self._write(request, response)
         return await self._end(request, reply.status, written=written, keep=keep)
 
-    def _record_refusal(self, request: RequestContext, reply: Reply) -> None:
+    def record_refusal(self, request: RequestContext, reply: Reply) -> None:
+        """Record a reply of 4xx or 5xx for the status and the log."""
         if reply.status == MISDIRECTED:  # the other replica tries again: no agent sees this reply
             return
         route = route_of(request.message.method, request.message.path, request.match)

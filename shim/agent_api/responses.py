@@ -17,7 +17,7 @@ from aiohttp.web_response import StreamResponse
 
 from shim.core.call_records import RecentCalls
 from shim.log import get
-from shim.protocol.dialects import Match
+from shim.protocol.dialects import Match, Reply
 
 StaticHeaders = Callable[[], Mapping[str, str]]
 
@@ -81,13 +81,15 @@ class ResponseBuilder:
         return f"{self._prefix}-{next(self._numbers):x}"
 
     def response(
-        self, status: int, body: bytes | None, request_id: str | None, more: str, *, head_only: bool = False
+        self, reply: Reply, body: bytes | None, request_id: str | None, more: str, *, head_only: bool = False
     ) -> bytes:
-        """Return a whole response.
+        """Return a whole response; `body` is the encoded body of the reply.
 
-        `request_id` is the client's, or None for a new one. `more` contains further header lines, each with its CRLF. A
-        `body` of None is no body at all.
+        `request_id` is the client's, or None for a new one. `more` contains further header lines, each with its CRLF.
         """
+        status = reply.status
+        if reply.retry_after_s is not None:
+            more += f"Retry-After: {reply.retry_after_s}\r\n"
         if request_id is None:
             request_id = self.new_request_id()
         static = self.static_headers()
@@ -104,7 +106,7 @@ class ResponseBuilder:
     def error(self, status: int, text: str, *, more: str = "") -> bytes:
         """Return the response to a request that is rejected before it becomes a call and closes the connection."""
         body = encode_body({"success": False, "error": text})
-        return self.response(status, body, None, f"Connection: close\r\n{more}")
+        return self.response(Reply(status), body, None, f"Connection: close\r\n{more}")
 
     def _head(self, status: int, empty: bool) -> str:
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]

@@ -13,7 +13,6 @@ from aiohttp.web_server import Server
 
 from shim.agent_api.auth import Guard
 from shim.agent_api.connection import AgentConnection
-from shim.agent_api.request_body import InFlight
 from shim.agent_api.request_handler import RequestHandler
 from shim.agent_api.responses import RefusedCalls, ResponseBuilder, StaticHeaders, no_static_headers
 from shim.agent_api.server_context import Backends, ConnectionCount, ServerContext
@@ -148,8 +147,7 @@ class AgentServer:
             RefusedCalls(refused_calls or RecentCalls()),
             self._make_connection_count(metrics),
         )
-        in_flight = InFlight(listen.max_in_flight_per_session, own_tokens=token is None)
-        self._handler = self._make_handler(self._server_context, self._make_guard(token), dialects, in_flight)
+        self._handler = self._make_handler(self._server_context, self._make_guard(), dialects, token)
         self._web: ConnectionServer | None = None
         self._sockets: list[socket.socket] = []
         self._tls: ssl.SSLContext | None = None
@@ -198,8 +196,8 @@ class AgentServer:
         self._listener.start(self._sockets)
         return host, port
 
-    def _make_guard(self, token: Callable[[], str] | None) -> Guard:
-        return Guard(self._listen, token)
+    def _make_guard(self) -> Guard:
+        return Guard(self._listen)
 
     def _make_handler(self, *args: Any) -> RequestHandler:
         return RequestHandler(*args)

@@ -268,6 +268,7 @@ class Replica:
     def reload(self, settings: Settings) -> None:
         """Apply new settings."""
         self._settings = self.subject.ctx.settings = settings
+        self.fallback.reload()
         self.shards.reload(settings)
 
     def token_changed(self) -> None:

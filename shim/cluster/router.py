@@ -26,7 +26,7 @@ from shim.core.agent_calls import (
     StatusCall,
 )
 from shim.core.command_queue import OpenUntil
-from shim.fallback.policy import scope_of
+from shim.fallback.policy import scope_of, uses_http
 from shim.ports import Caller, CallResult, Clock, DeliveryReceipt, FallbackScope, ProxyRequest, ProxyResponse
 
 # An agent that pipelines shows no evidence by its connection, which may be open for weeks. Each receipt of another
@@ -189,6 +189,11 @@ class ClusterFallback:
         self._shards = shards
         self._settings = settings
         self._clock = clock
+        self.in_use = uses_http(settings())
+
+    def reload(self) -> None:
+        """Apply the new settings."""
+        self.in_use = uses_http(self._settings())
 
     def scope(self) -> FallbackScope:
         """Return the share of the calls that may go by HTTP now; implements `ports.Fallback.scope`."""

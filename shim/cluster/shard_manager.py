@@ -70,6 +70,7 @@ class ShardManager:
         """Apply new settings to all shards."""
         for shard in self._shards.values():
             shard.bridge.ctx.settings = settings
+            shard.fallback.reload()
 
     # --- takeover and release -----------------------------------------------------------------------------------------
 

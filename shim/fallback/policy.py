@@ -49,13 +49,14 @@ def sunset_headers(sunset: Sunset) -> Mapping[str, str]:
     return found
 
 
-def _may_go_by_http(settings: Settings) -> bool:
+def uses_http(settings: Settings) -> bool:
+    """Return True if these settings send calls to the HTTP API, now or when the link fails."""
     return settings.mode in ("http", "auto") or settings.rollout.partial
 
 
 def scope_of(settings: Settings, clock: Clock) -> FallbackScope:
     """Return the share of the calls that may go by HTTP now: none after the sunset, when that API no longer exists."""
-    if not _may_go_by_http(settings):
+    if not uses_http(settings):
         return FallbackScope.NONE
     if settings.sunset.at and clock.wall_s() >= parse_date_s(settings.sunset.at):
         return FallbackScope.NONE
@@ -70,8 +71,11 @@ class FallbackPolicy:
         self._proxy = ReverseProxy()
         self._failovers: dict[str, Failover] = {}
         self._breaker = Breaker()
-        self._settings = bridge.ctx.settings
-        self._by_http = _may_go_by_http(self._settings)  # kept, because every request asks for it
+        self.in_use = uses_http(bridge.ctx.settings)
+
+    def reload(self) -> None:
+        """Apply the new settings of the bridge."""
+        self.in_use = uses_http(self._bridge.ctx.settings)
 
     async def close(self) -> None:
         """Close the connections to the vendor's API."""
@@ -81,10 +85,7 @@ class FallbackPolicy:
 
     def scope(self) -> FallbackScope:
         """Return the share of the calls that may go by HTTP now; implements `ports.Fallback.scope`."""
-        settings = self._bridge.ctx.settings
-        if settings is not self._settings:  # they were reloaded
-            self._settings, self._by_http = settings, _may_go_by_http(settings)
-        return scope_of(settings, self._bridge.ctx.clock) if self._by_http else FallbackScope.NONE
+        return scope_of(self._bridge.ctx.settings, self._bridge.ctx.clock)
 
     def handles(self, caller: Caller, call: AgentCall) -> bool:
         """Return True if this call goes by HTTP."""

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from shim.core.bounds import FREE_VALUES, MAX_VALUES, VALUE_BYTES
+from shim.errors import AgentError
 
 
 def to_float(digits: str) -> float:
@@ -56,6 +57,23 @@ def decode(text: str | bytes, replaced: Callable[[], None] = _ignore) -> Any:
         if readable == raw:
             raise
         return _decode(readable)
+
+
+def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:
+    """Return the JSON value of an agent's body; `replaced` is called as by `decode`.
+
+    Raises `AgentError` 400, or 413 for more values than `MAX_VALUES`: a small body can have many, each an object in
+    memory.
+    """
+    # Every value takes at least one byte, so most bodies need not be searched.
+    too_many = len(data) > MAX_VALUES and has_too_many_values(data)
+    try:
+        if not too_many:
+            return decode(data, replaced)
+        msgspec.json.decode(data, type=msgspec.Raw)  # raises for invalid JSON, without creating any values
+    except (ValueError, RecursionError):
+        raise AgentError(400, "the body is not valid JSON") from None
+    raise AgentError(413, f"the body has more than {MAX_VALUES} values")
 
 
 def has_too_many_values(data: bytes, limit: int = MAX_VALUES) -> bool:

@@ -30,6 +30,7 @@ class Api:
         self.bodies: list[bytes] = []
         self._replies = list(replies)
         self._everything = everything
+        self.in_use = True
 
     def scope(self) -> FallbackScope:
         return FallbackScope.ALL if self._everything else FallbackScope.SOME

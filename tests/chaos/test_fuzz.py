@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from shim.agent_api.request_body import decode_body
 from shim.agent_api.responses import encode_body
+from shim.agent_api.routing import Router
 from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, OfferedCommand, Outcome, Registered, TunnelState
 from shim.errors import AgentError, MessageError
 from shim.protocol import dialects
@@ -33,7 +33,8 @@ from shim.protocol.controller_replies import (
     register_reply,
     tunnel_state,
 )
-from shim.protocol.dialects import Call, Match, Router
+from shim.protocol.dialects import Call, Match
+from shim.protocol.lenient_json import decode_body
 from shim.protocol.upstream_message import Message, decode, encode
 from tests.chaos.harness.mutation import bodies, frames, mutated
 from tests.support.frontend import HEALTH, House, running

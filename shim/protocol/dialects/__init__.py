@@ -8,23 +8,19 @@ A dialect is one module of this package with
     def render(operation: str, outcome: Outcome, call: Call) -> Reply
 
 Dialects are found by their module name, so a new dialect is one new file. The module `_shared` is no
-dialect: it has the code that dialects share.
+dialect: it has the code that dialects share. `shim.agent_api.routing` finds the dialect of a request.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote_to_bytes
 
 import msgspec
 
 from shim.core.agent_calls import AgentCall, Failed, Outcome
-from shim.core.bounds import MAX_ID_BYTES
-from shim.errors import AgentError
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -99,94 +95,3 @@ class Match(msgspec.Struct, frozen=True):
     route: Route
     params: dict[str, str]
     ident: str = ""
-
-
-class _Path(msgspec.Struct, frozen=True):
-    """The path of one or more routes: its segments, None for an id, and the routes by method."""
-
-    segments: tuple[str | None, ...]
-    names: tuple[str, ...]
-    routes: dict[str, tuple[Dialect, Route]] = msgspec.field(default_factory=dict)
-
-    def ids_in(self, parts: list[str]) -> list[str] | None:
-        """Return the ids, still encoded, of a request path that has this form, else None."""
-        if any(own is not None and own != part for own, part in zip(self.segments, parts, strict=True)):
-            return None
-        return [part for own, part in zip(self.segments, parts, strict=True) if own is None]
-
-
-class Router:
-    """Routes of all dialects by the number of their path segments. Literal segments take precedence over ids."""
-
-    def __init__(self, dialects: Iterable[Dialect], base_path: str = "") -> None:
-        self._base = [part for part in base_path.split("/") if part]
-        paths: dict[tuple[str | None, ...], _Path] = {}
-        for dialect in dialects:
-            for route in dialect.ROUTES:
-                parts = route.pattern.strip("/").split("/")
-                segments = tuple(None if part.startswith("{") else part for part in parts)
-                names = tuple(part[1:-1] for part in parts if part.startswith("{"))
-                path = paths.setdefault(segments, _Path(segments, names))
-                if route.method in path.routes:
-                    raise ValueError(f"two dialects claim {route.method} {route.pattern}")
-                path.routes[route.method] = dialect, route
-        self._paths: dict[int, list[_Path]] = {}
-        for path in sorted(paths.values(), key=lambda each: [segment is None for segment in each.segments]):
-            self._paths.setdefault(len(path.segments), []).append(path)
-
-    def match(self, method: str, raw_path: str) -> Match:
-        """Route a request by its raw path, still encoded and without the query.
-
-        Leading slashes are folded into one. The path is accepted with and without the configured base path, and with a
-        double slash after it. Raises `AgentError` with 404 (no such route), 405 (other methods only, listed in `allow`)
-        or 400 (an id that is not 1-256 printable bytes without `/`).
-        """
-        path, raw_ids = self._find(raw_path)
-        found = path.routes.get(method)
-        if found is None:
-            raise AgentError(405, "method not allowed", allow=tuple(sorted(path.routes)))
-        params = {name: decode_id(raw) for name, raw in zip(path.names, raw_ids, strict=True)}
-        return Match(*found, params, params.get("cluster_id") or params.get("agent_id", ""))
-
-    def _find(self, raw_path: str) -> tuple[_Path, list[str]]:
-        parts = raw_path.lstrip("/").split("/")
-        candidates = [parts]
-        base = self._base
-        if base and parts[: len(base)] == base:
-            # Agents build URLs by concatenation: a base URL that ends in a slash gives `base//api`.
-            candidates.insert(0, "/".join(parts[len(base) :]).lstrip("/").split("/"))
-        for candidate in candidates:
-            for path in self._paths.get(len(candidate), ()):
-                ids = path.ids_in(candidate)
-                if ids is not None:
-                    return path, ids
-        raise AgentError(404, "no such endpoint")
-
-
-_PLAIN_ID = re.compile(r"[A-Za-z0-9_\-]{1,256}", re.ASCII)
-
-
-def decode_id(raw: str) -> str:
-    """Decode a path id once and check it. Raises `AgentError` 400 as `valid_id` does."""
-    if _PLAIN_ID.fullmatch(raw):
-        return raw
-    # aiohttp may pass undecodable bytes of the path as surrogates. They become invalid UTF-8 again here.
-    return valid_id(unquote_to_bytes(raw.encode("utf-8", "surrogatepass")))
-
-
-def valid_id(data: bytes | str, what: str = "id") -> str:
-    """Return an id from a path or a body as text. Raises `AgentError` 400, whose text names it as `what`.
-
-    An id must be 1-256 printable bytes without `/`, and neither `.` nor `..`
-    (docs/reference/protocol.md#1-legacy-side).
-    """
-    if isinstance(data, str) and _PLAIN_ID.fullmatch(data):
-        return data
-    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise AgentError(400, f"invalid {what}") from None
-    if not 1 <= len(raw) <= MAX_ID_BYTES or "/" in text or text in (".", "..") or not text.isprintable():
-        raise AgentError(400, f"invalid {what}")
-    return text

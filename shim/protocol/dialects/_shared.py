@@ -45,7 +45,7 @@ from shim.core.bounds import (
 from shim.errors import AgentError
 from shim.protocol import rfc3339
 from shim.protocol.controller_replies import integer, url_safe_id
-from shim.protocol.dialects import Call, Reply, error_reply, valid_id
+from shim.protocol.dialects import Call, Reply, error_reply
 
 _TEXTS = ("k8s_version", "hostname", "agent_version", "server_ip", "region", "cloud_provider", "cluster_id")
 _OBJECTS = ("tunnel_port_config", "server_specs", "metadata")
@@ -72,6 +72,25 @@ _GROUPS = (
     ("opencost_base_url", "opencost"),
 )
 _MONITORED = frozenset(url_key for url_key, _ in _GROUPS)
+_PLAIN_ID = re.compile(r"[A-Za-z0-9_\-]{1,256}", re.ASCII)
+
+
+def valid_id(data: bytes | str, what: str = "id") -> str:
+    """Return an id from a path or a body as text. Raises `AgentError` 400, whose text names it as `what`.
+
+    An id must be 1-256 printable bytes without `/`, and neither `.` nor `..`
+    (docs/reference/protocol.md#1-legacy-side).
+    """
+    if isinstance(data, str) and _PLAIN_ID.fullmatch(data):
+        return data
+    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise AgentError(400, f"invalid {what}") from None
+    if not 1 <= len(raw) <= MAX_ID_BYTES or "/" in text or text in (".", "..") or not text.isprintable():
+        raise AgentError(400, f"invalid {what}")
+    return text
 
 
 def body_object(call: Call) -> dict[str, Any]:

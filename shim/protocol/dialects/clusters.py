@@ -6,7 +6,7 @@ Sessions: docs/reference/protocol.md#16-owners-sessions-aliases.
 from __future__ import annotations
 
 from shim.core.agent_calls import AgentCall, SessionTarget, TargetKind
-from shim.protocol.dialects import Call, Route, _shared, valid_id
+from shim.protocol.dialects import Call, Route, _shared
 
 NAME = "clusters"
 
@@ -27,7 +27,7 @@ def parse(operation: str, call: Call) -> AgentCall:
     body = _shared.bounded_object(call)
     cluster_id = _shared.text(body.get("cluster_id"))
     target = (
-        SessionTarget(TargetKind.CLUSTER, valid_id(cluster_id, "cluster_id"))
+        SessionTarget(TargetKind.CLUSTER, _shared.valid_id(cluster_id, "cluster_id"))
         if cluster_id
         else SessionTarget(TargetKind.ALIAS, agent_id)
     )

@@ -6,7 +6,7 @@ Routes: docs/reference/protocol.md#1-legacy-side.
 from __future__ import annotations
 
 from shim.core.agent_calls import AgentCall, PollCall, SessionTarget, TargetKind, TunnelInfoCall
-from shim.protocol.dialects import Call, Route, _shared, valid_id
+from shim.protocol.dialects import Call, Route, _shared
 
 NAME = "clusters_agent"
 
@@ -32,7 +32,7 @@ def parse(operation: str, call: Call) -> AgentCall:
         given = body.get("agent_id")
         agent_id = given if isinstance(given, str) else _shared.text(given)
         return _shared.read_heartbeat(
-            NAME, target, agent_id and valid_id(agent_id, "agent_id"), body, size_bytes=call.size_bytes
+            NAME, target, agent_id and _shared.valid_id(agent_id, "agent_id"), body, size_bytes=call.size_bytes
         )
     if operation == "poll":
         return PollCall(NAME, target)

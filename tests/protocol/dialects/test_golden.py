@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from shim.agent_api.routing import Router
 from shim.core.agent_calls import (
     Accepted,
     AgentCall,
@@ -29,7 +30,7 @@ from shim.core.agent_calls import (
     TunnelState,
 )
 from shim.protocol import dialects
-from shim.protocol.dialects import Call, Match, Router
+from shim.protocol.dialects import Call, Match
 from tests.support.generations import ALL, Verdict
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -8,10 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shim.agent_api.routing import Router
 from shim.core.agent_calls import Accepted, Failed, Healthy, Outcome, TunnelInfo
 from shim.errors import AgentError
 from shim.protocol import dialects
-from shim.protocol.dialects import Call, Router
+from shim.protocol.dialects import Call
 from tests.support.generations import ALL, Generation, Who
 from tests.support.outcomes import COMMANDS, FAILURES, REGISTERED, TUNNELS
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shim.agent_api.routing import Router
 from shim.core.agent_calls import HeartbeatCall, RegisterCall, ResultCall, SessionTarget, StatusCall, TargetKind
 from shim.errors import AgentError
 from shim.protocol import dialects
-from shim.protocol.dialects import Call, Dialect, Route, Router
+from shim.protocol.dialects import Call, Dialect, Route
 from tests.support.generations import ALL, GENERATIONS, Generation, Who
 
 LOADED = dialects.load()

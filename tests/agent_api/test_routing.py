@@ -1,13 +1,15 @@
-"""shim.dialects.Router: which request is which call, and which is none (docs/reference/protocol.md#1-legacy-side)."""
+"""Routing: which request is which call, and which is none (docs/reference/protocol.md#1-legacy-side)."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shim.agent_api.routing import Router, decode_id
 from shim.errors import AgentError
 from shim.protocol import dialects
-from shim.protocol.dialects import Call, Dialect, Match, Router, decode_id, valid_id
+from shim.protocol.dialects import Call, Dialect, Match
 from shim.protocol.dialects import agents as agents_dialect
+from shim.protocol.dialects._shared import valid_id
 from tests.support.generations import ALL, Generation, Who
 
 LOADED = dialects.load()

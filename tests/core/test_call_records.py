@@ -1,10 +1,9 @@
-"""The legacy routes that each agent uses, within a fixed bound."""
+"""The route of each call, and counts of calls as the status shows them."""
 
 from __future__ import annotations
 
 import pytest
 
-from shim.bridge.session_registry import RouteUsage, RouteUse
 from shim.core.agent_calls import (
     AgentCall,
     HealthCall,
@@ -19,7 +18,6 @@ from shim.core.agent_calls import (
     TunnelPollCall,
 )
 from shim.core.call_records import CallCount, CallKind, route_of, rows
-from shim.core.records import SessionKey
 
 TARGET = SessionTarget(TargetKind.AGENT, "a")
 
@@ -39,35 +37,6 @@ TARGET = SessionTarget(TargetKind.AGENT, "a")
 )
 def test_each_call_has_a_route(call: AgentCall, route: tuple[str, str]) -> None:
     assert route_of(call) == route
-
-
-def key(number: int) -> SessionKey:
-    return SessionKey("default", "agent", f"a{number}")
-
-
-def test_calls_are_counted_by_agent_and_route() -> None:
-    usage = RouteUsage()
-    for number, operation, wall in ((1, "poll", 5.0), (1, "poll", 6.0), (1, "heartbeat", 7.0), (2, "poll", 8.0)):
-        usage.note(key(number), "agents", operation, wall)
-    usage.note(key(1), "clusters_agent", "poll", 9.0)
-    assert dict(usage) == {
-        key(1): {
-            ("agents", "poll"): RouteUse(2, 5.0, 6.0, ("agents", "poll")),
-            ("agents", "heartbeat"): RouteUse(1, 7.0, 7.0, ("agents", "heartbeat")),
-            ("clusters_agent", "poll"): RouteUse(1, 9.0, 9.0, ("clusters_agent", "poll")),
-        },
-        key(2): {("agents", "poll"): RouteUse(1, 8.0, 8.0, ("agents", "poll"))},
-    }
-    usage.forget(key(1))
-    usage.forget(key(1))
-    assert list(dict(usage)) == [key(2)]
-
-
-def test_of_too_many_agents_the_first_is_dropped() -> None:
-    usage = RouteUsage(max_agents=2)
-    for number in (1, 2, 1, 3):
-        usage.note(key(number), "agents", "poll", 0.0)
-    assert list(dict(usage)) == [key(2), key(3)]
 
 
 def test_the_status_has_the_first_counts() -> None:
