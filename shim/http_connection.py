@@ -255,9 +255,9 @@ class HttpConnection(RequestHandler):
     def _adjust_charge(self) -> bool:
         """Charge the bytes held beyond `FREE_BYTES` to the common budget; return False if it is exhausted."""
         held_bytes = max(0, len(self._backlog) + self._head_bytes + self._unread_bytes - FREE_BYTES)
-        if held_bytes <= self._charged_bytes:
+        if held_bytes < self._charged_bytes:
             self._budget.release(self._charged_bytes - held_bytes)
-        elif not self._budget.reserve(held_bytes - self._charged_bytes):
+        elif held_bytes > self._charged_bytes and not self._budget.reserve(held_bytes - self._charged_bytes):
             return False
         self._charged_bytes = held_bytes
         return True

@@ -23,7 +23,6 @@ ELSEWHERE = {
     # The whole bridge, by the port that agents' calls come through.
     "bridge/agent_calls.py": "agent_api/test_request_handler.py",
     "bridge/bridge.py": "bridge/test_store.py",
-    "bridge/context.py": "bridge/test_store.py",
     "bridge/session_persistence.py": "bridge/test_session_registry.py",
     "runtime.py": "test_app.py",
     # Commands are tried as commands.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import Counter, Histogram, generate_latest
 
-from shim.agent_api.routing import Router
+from shim.agent_api.admission import Router
 from shim.metrics import MAX_CHILDREN, Labelled, LabelledCounter, Metrics, Registry, RequestCounts
 from shim.protocol.dialects import load
 

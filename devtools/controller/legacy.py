@@ -14,7 +14,7 @@ from aiohttp import web
 
 from devtools.controller.history import EventKind
 from devtools.controller.state import ControllerState, Tokens, bearer
-from shim.agent_api.routing import Router
+from shim.agent_api.admission import Router
 from shim.core.agent_calls import (
     Accepted,
     Commands,

@@ -25,7 +25,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 
-from shim.agent_api.auth import Guard
+from shim.agent_api.admission import Guard
 from shim.agent_api.connection import AgentConnection, RequestContext
 from shim.agent_api.request_body import read_body
 from shim.agent_api.request_handler import Answer, RequestHandler, Waiting

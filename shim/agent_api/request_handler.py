@@ -18,7 +18,7 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 from msgspec.structs import replace
 
-from shim.agent_api.auth import Guard, is_handshake, token_of
+from shim.agent_api.admission import Guard, RouteCache, Router, is_handshake, token_of
 from shim.agent_api.connection import Admitted, RequestContext
 from shim.agent_api.forwarding import forwarded, is_large, target_of
 from shim.agent_api.request_body import (
@@ -34,7 +34,6 @@ from shim.agent_api.request_body import (
 )
 from shim.agent_api.response_writer import REQUEST_ID, ResponseWriter
 from shim.agent_api.responses import encode_body, well_formed_id
-from shim.agent_api.routing import RouteCache, Router
 from shim.agent_api.server_context import ServerContext
 from shim.core.agent_calls import AgentCall, Commands, Failed, PollCall, RegisterCall
 from shim.core.bounds import LONG_TEXT_BYTES, MAX_DEPTH
@@ -48,7 +47,7 @@ from shim.ports import (
     ProxyResponse,
 )
 from shim.protocol.dialects import Call, Dialect, Match, Reply, error_reply
-from shim.protocol.lenient_json import decode_body
+from shim.protocol.lenient_json import decode_body, decode_valid
 
 TOKEN_RETRY_AFTER_S = 5  # a changed token file is noticed within this time
 logger = logging.getLogger(__name__)
@@ -242,7 +241,12 @@ class RequestHandler:
         if not data and admitted is not None and admitted.agent_call is not None:
             request.call = admitted.call
             return admitted.agent_call
-        body = decode_body(data, self._replaced) if data and route.method == hdrs.METH_POST else None
+        body = None
+        if data and route.method == hdrs.METH_POST:
+            try:
+                body = decode_valid(data) if len(data) <= LONG_TEXT_BYTES else decode_body(data, self._replaced)
+            except (ValueError, RecursionError):
+                body = decode_body(data, self._replaced)
         request.step = "call"
         shallow = data.count(b"{") + data.count(b"[") <= MAX_DEPTH
         user_agent = request.headers.get(hdrs.USER_AGENT, "") if admitted is None else admitted.user_agent

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp.web_server import Server
 
-from shim.agent_api.auth import Guard
+from shim.agent_api.admission import Guard
 from shim.agent_api.connection import AgentConnection
 from shim.agent_api.request_handler import RequestHandler
 from shim.agent_api.responses import RefusedCalls, ResponseBuilder, StaticHeaders, no_static_headers

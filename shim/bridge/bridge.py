@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from shim.bridge.admin_actions import AdminActions
 from shim.bridge.agent_calls import AgentCallHandler
 from shim.bridge.command_queues import CommandQueues
-from shim.bridge.context import DEFAULT_OWNER, BridgeContext, EventQueue
+from shim.bridge.context import DEFAULT_OWNER, BridgeContext, EventQueue, TimerGroup
 from shim.bridge.delivery import CommandDelivery
 from shim.bridge.event_handlers import EventHandlers
 from shim.bridge.gateway_redirect import GatewayConnections
@@ -17,7 +17,7 @@ from shim.bridge.link_pool import LinkPool
 from shim.bridge.long_polls import LongPolls
 from shim.bridge.outbox import Outbox, Rejections
 from shim.bridge.registration import Registrations
-from shim.bridge.scheduler import TICK_S, PeriodicTask, PeriodicTasks, TimerGroup
+from shim.bridge.scheduler import TICK_S, PeriodicTask, PeriodicTasks
 from shim.bridge.session_registry import SessionRegistry
 from shim.bridge.upstream_messages import UpstreamMessageHandler
 from shim.bridge.websocket_agents import WebSocketAgents

@@ -1,4 +1,4 @@
-"""Settings, ports, state and events that all parts of the bridge share."""
+"""Settings, ports, state, events and timers that all parts of the bridge share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shim.core.sessions import Sessions
 from shim.errors import StoreError
 from shim.log import get
 from shim.metrics import Metrics
-from shim.ports import Clock, CommandStore, Timers, UpstreamPort
+from shim.ports import Clock, CommandStore, Timer, Timers, UpstreamPort
 from shim.redaction import Redaction, without_secrets
 
 log = get(__name__)
@@ -36,6 +36,11 @@ NoteStep = Callable[[SessionKey, tuple[str, ...], TraceEntry], None]
 DEFAULT_OWNER = "default"
 ENVELOPE_BYTES = 512
 """Upper bound on the bytes that an upstream envelope adds to its payload."""
+
+LATE_S = 1.0
+"""Delay after which a timer is considered late because the process was stopped, frozen or without CPU."""
+CATCH_UP_S = 0.25
+"""Delay of a late timer, in which waiting input is read: event loops call timers before they read from sockets."""
 
 
 class EventQueue:
@@ -72,6 +77,60 @@ class EventQueue:
                 log.exception("event_failed", kind=type(event).__name__)
 
 
+class _PendingTimer:
+    """One `ports.Timer` of a `TimerGroup`."""
+
+    __slots__ = ("_callback", "_due_s", "_owner", "timer")
+
+    def __init__(self, owner: TimerGroup, callback: Callable[[], None], due_s: float) -> None:
+        self._owner = owner
+        self._callback = callback
+        self._due_s: float | None = due_s
+        self.timer: Timer | None = None
+
+    def fire(self) -> None:
+        """Call the callback; if the timer is late, wait once for input that arrived meanwhile."""
+        if self._due_s is not None and self._owner.now_s() - self._due_s > LATE_S:
+            self._due_s = None
+            self.timer = self._owner.again(CATCH_UP_S, self.fire)
+            return
+        self._owner.pending.discard(self)
+        self.timer = None  # the loop's timer refers to this object: the garbage collector would have to find the pair
+        self._callback()
+
+    def cancel(self) -> None:
+        """Cancel the call (`ports.Timer`)."""
+        self._owner.pending.discard(self)
+        timer, self.timer = self.timer, None
+        if timer is not None:
+            timer.cancel()
+
+
+class TimerGroup:
+    """`ports.Timers` on top of another one, with a list of its pending timers."""
+
+    def __init__(self, timers: Timers, clock: Clock) -> None:
+        self._timers = timers
+        self._closed = False
+        self.now_s = clock.monotonic_s
+        self.again = timers.call_later
+        self.pending: set[_PendingTimer] = set()
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        """Call `callback` after `delay` seconds, unless the group is closed by then."""
+        pending = _PendingTimer(self, callback, self.now_s() + delay)
+        if not self._closed:
+            self.pending.add(pending)
+            pending.timer = self._timers.call_later(delay, pending.fire)
+        return pending
+
+    def close(self) -> None:
+        """Cancel all pending timers and ignore later calls of `call_later`."""
+        self._closed = True
+        for pending in list(self.pending):
+            pending.cancel()
+
+
 class Moment(NamedTuple):
     """The time of one event, which is read once and passed on: `now` in monotonic seconds, `unix` in Unix seconds."""
 
@@ -84,9 +143,9 @@ class BridgeContext(msgspec.Struct):
 
     `settings` is replaced on a reload. `rng` yields floats in [0, 1). `read_token` returns the configured upstream
     token or raises `ShimError`. `fallback` records the results of calls to the vendor's HTTP API, `refused_calls` the
-    refused calls of agents. `note_step` is called with each step of commands, if traces are exported. The bridge sets
-    `events`. `refused_bytes` is the size of the largest command or result that the store has refused since readiness
-    has last seen that as much can be written.
+    refused calls of agents. `note_step` is called with each step of commands, if traces are exported. The bridge
+    replaces `timers` by a `TimerGroup` and sets `events`. `refused_bytes` is the size of the largest command or result
+    that the store has refused since readiness has last seen that as much can be written.
     """
 
     settings: Settings

@@ -362,7 +362,7 @@ class UpstreamLink:
         `register_success` shows that, and so does the first `heartbeat_ack` or command. A command is stored with the
         session that it is for: after a crash, a poll would not find it without its session.
         """
-        if self.machine.connected:
+        if connection is self.connection:
             if message.type == "register_success":
                 self.apply(ev.Registered(), now)
             elif (self.machine.refused or self.machine.accepted_at is None) and (

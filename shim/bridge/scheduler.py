@@ -1,4 +1,4 @@
-"""Timers: a group that is cancelled together, a queue of deadlines behind one timer, and periodic tasks."""
+"""Work at given times: a queue of deadlines behind one timer, periodic tasks, and work in slices."""
 
 from __future__ import annotations
 
@@ -12,15 +12,8 @@ from typing import Any
 from shim.bridge.context import BridgeContext
 from shim.core.records import SessionKey
 from shim.log import get
-from shim.ports import Clock, Timer, Timers
 
 log = get(__name__)
-
-LATE_S = 1.0
-"""Delay after which a timer is considered late because the process was stopped, frozen or without CPU."""
-CATCH_UP_S = 0.25
-"""Delay of a late timer, in which waiting input is read: event loops call timers before they read from sockets."""
-
 
 TICK_S = 5.0
 """Interval of the periodic tasks. Each of them serves a time limit of half a minute or more, or retries a write."""
@@ -38,60 +31,6 @@ SLICE_S = 0.002
 DueCallback = Callable[[SessionKey, Any], None]
 PeriodicTask = tuple[float, Callable[[], Iterator[None] | None]]
 """Interval in seconds, and a function. An iterator that it returns is advanced over as many turns as it takes."""
-
-
-class _PendingTimer:
-    """One `ports.Timer` of a `TimerGroup`."""
-
-    __slots__ = ("_callback", "_due_s", "_owner", "timer")
-
-    def __init__(self, owner: TimerGroup, callback: Callable[[], None], due_s: float) -> None:
-        self._owner = owner
-        self._callback = callback
-        self._due_s: float | None = due_s
-        self.timer: Timer | None = None
-
-    def fire(self) -> None:
-        """Call the callback; if the timer is late, wait once for input that arrived meanwhile."""
-        if self._due_s is not None and self._owner.now_s() - self._due_s > LATE_S:
-            self._due_s = None
-            self.timer = self._owner.again(CATCH_UP_S, self.fire)
-            return
-        self._owner.pending.discard(self)
-        self.timer = None  # the loop's timer refers to this object: the garbage collector would have to find the pair
-        self._callback()
-
-    def cancel(self) -> None:
-        """Cancel the call (`ports.Timer`)."""
-        self._owner.pending.discard(self)
-        timer, self.timer = self.timer, None
-        if timer is not None:
-            timer.cancel()
-
-
-class TimerGroup:
-    """`ports.Timers` on top of another one, with a list of its pending timers."""
-
-    def __init__(self, timers: Timers, clock: Clock) -> None:
-        self._timers = timers
-        self._closed = False
-        self.now_s = clock.monotonic_s
-        self.again = timers.call_later
-        self.pending: set[_PendingTimer] = set()
-
-    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
-        """Call `callback` after `delay` seconds, unless the group is closed by then."""
-        pending = _PendingTimer(self, callback, self.now_s() + delay)
-        if not self._closed:
-            self.pending.add(pending)
-            pending.timer = self._timers.call_later(delay, pending.fire)
-        return pending
-
-    def close(self) -> None:
-        """Cancel all pending timers and ignore later calls of `call_later`."""
-        self._closed = True
-        for pending in list(self.pending):
-            pending.cancel()
 
 
 class DeadlineQueue:

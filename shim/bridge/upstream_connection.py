@@ -10,8 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from shim.bridge.context import BridgeContext
-from shim.bridge.scheduler import LATE_S
+from shim.bridge.context import LATE_S, BridgeContext
 from shim.core.liveness import MAX_TRACKED_HEARTBEATS, Liveness, LivenessState
 from shim.core.records import SessionKey
 from shim.core.text import printable

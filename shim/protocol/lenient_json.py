@@ -31,7 +31,8 @@ def to_float(digits: str) -> float:
     return value
 
 
-_decode = msgspec.json.Decoder(float_hook=to_float).decode
+decode_valid = msgspec.json.Decoder(float_hook=to_float).decode
+"""Decoder of JSON that has only characters. It raises as `decode`, which is for everything else, too."""
 _HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _UNPAIRED = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 _BACKSLASH, _MASK = rb"\\", b"\0\0"
@@ -50,13 +51,13 @@ def decode(text: str | bytes, replaced: Callable[[], None] = _ignore) -> Any:
     and `RecursionError`.
     """
     try:
-        return _decode(text)
+        return decode_valid(text)
     except ValueError:
         raw = text.encode() if isinstance(text, str) else text
         readable = as_characters(raw, replaced)
         if readable == raw:
             raise
-        return _decode(readable)
+        return decode_valid(readable)
 
 
 def decode_body(data: bytes, replaced: Callable[[], None]) -> Any:

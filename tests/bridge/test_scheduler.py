@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -13,20 +12,16 @@ from msgspec.structs import replace
 from shim.bridge.context import DEFAULT_OWNER
 from shim.bridge.scheduler import (
     AT_A_TIME,
-    CATCH_UP_S,
     CROWD,
     EARLY,
-    LATE_S,
     SLICE_S,
     TICK_S,
     DeadlineQueue,
     PeriodicTasks,
-    TimerGroup,
     in_slices,
 )
 from shim.core.records import SessionKey
-from shim.ports import Timer
-from tests.support.virtual import FakeClock
+from tests.support.virtual import FakeClock, FakeTimers
 from tests.support.world import World
 
 
@@ -58,56 +53,6 @@ async def test_an_idle_bridge_is_woken_by_one_timer_and_by_its_link(world: World
 
 
 # --- timers that are cancelled together -------------------------------------------------------------------------------
-
-
-class FakeTimers:
-    """Timers that the test fires."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[float, Callable[[], None]]] = []
-
-    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
-        self.calls.append((delay, callback))
-        return self
-
-    def cancel(self) -> None:
-        self.calls.clear()
-
-
-async def test_a_late_timer_waits_once_for_input_that_arrived_meanwhile() -> None:
-    clock, timers, fired = FakeClock(), FakeTimers(), []
-    TimerGroup(timers, clock).call_later(5, lambda: fired.append(clock.now))
-    clock.now = 5 + 2 * LATE_S  # the process was frozen
-    timers.calls.pop()[1]()
-    [(delay_s, fire)] = timers.calls
-    assert (fired, delay_s) == ([], CATCH_UP_S)
-    clock.now += 3 * LATE_S
-    fire()
-    assert fired == [clock.now], "it waits only once"
-
-
-async def test_a_timer_that_has_fired_is_freed_without_the_garbage_collector() -> None:
-    """The loop's timer refers to the group's, which must not refer back: polls arm thousands of them."""
-    timers, clock = FakeTimers(), FakeClock()
-    pending = TimerGroup(timers, clock).call_later(5, lambda: None)
-    clock.now = 5.0
-    timers.calls.pop()[1]()
-    assert timers not in gc.get_referents(pending)
-    pending = TimerGroup(timers, clock).call_later(5, lambda: None)
-    pending.cancel()
-    assert timers not in gc.get_referents(pending)
-
-
-async def test_a_closed_group_fires_nothing_and_takes_nothing() -> None:
-    timers, fired = FakeTimers(), []
-    group = TimerGroup(timers, FakeClock())
-    group.call_later(5, lambda: fired.append("before"))
-    group.close()
-    group.call_later(5, lambda: fired.append("after")).cancel()
-    assert (timers.calls, group.pending, fired) == ([], set(), [])
-
-
-# --- deadlines --------------------------------------------------------------------------------------------------------
 
 
 async def test_deadlines_are_met_in_order_of_time_and_then_of_arrival(world: World) -> None:

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from shim.agent_api.admission import Router
 from shim.agent_api.responses import encode_body
-from shim.agent_api.routing import Router
 from shim.core.agent_calls import Accepted, Commands, Failed, Healthy, OfferedCommand, Outcome, Registered, TunnelState
 from shim.errors import AgentError, MessageError
 from shim.protocol import dialects

@@ -7,6 +7,8 @@ import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from shim.ports import Timer
+
 T = TypeVar("T")
 
 START_S = 1000.0
@@ -114,3 +116,17 @@ def run_virtual(coro: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in a virtual loop of its own, as `asyncio.run` does."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(coro)
+
+
+class FakeTimers:
+    """Timers that the test fires."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, Callable[[], None]]] = []
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        self.calls.append((delay, callback))
+        return self
+
+    def cancel(self) -> None:
+        self.calls.clear()

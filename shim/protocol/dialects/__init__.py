@@ -8,7 +8,7 @@ A dialect is one module of this package with
     def render(operation: str, outcome: Outcome, call: Call) -> Reply
 
 Dialects are found by their module name, so a new dialect is one new file. The module `_shared` is no
-dialect: it has the code that dialects share. `shim.agent_api.routing` finds the dialect of a request.
+dialect: it has the code that dialects share. `shim.agent_api.admission` finds the dialect of a request.
 """
 
 from __future__ import annotations

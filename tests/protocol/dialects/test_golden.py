@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shim.agent_api.routing import Router
+from shim.agent_api.admission import Router
 from shim.core.agent_calls import (
     Accepted,
     AgentCall,

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.agent_api.routing import Router
+from shim.agent_api.admission import Router
 from shim.core.agent_calls import Accepted, Failed, Healthy, Outcome, TunnelInfo
 from shim.errors import AgentError
 from shim.protocol import dialects

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.agent_api.routing import Router
+from shim.agent_api.admission import Router
 from shim.core.agent_calls import HeartbeatCall, RegisterCall, ResultCall, SessionTarget, StatusCall, TargetKind
 from shim.errors import AgentError
 from shim.protocol import dialects

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.agent_api.routing import Router, decode_id
+from shim.agent_api.admission import Router, decode_id
 from shim.errors import AgentError
 from shim.protocol import dialects
 from shim.protocol.dialects import Call, Dialect, Match
