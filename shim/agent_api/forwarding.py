@@ -10,8 +10,10 @@ from aiohttp import hdrs
 from aiohttp.http_parser import RawRequestMessage
 
 from shim.agent_api.connection import RequestContext
+from shim.agent_api.request_body import check_announcement
 from shim.core.agent_calls import AgentCall
-from shim.ports import Caller, ProxyRequest, ProxyResponse
+from shim.ports import Caller, Forwarder, ProxyRequest, ProxyResponse
+from shim.protocol.dialects import Match
 from shim.protocol.http import header_bytes, header_text
 
 _ORIGIN = re.compile(r"\A[A-Za-z][A-Za-z0-9+.\-]*://[^/?#]*", re.ASCII)
@@ -33,6 +35,23 @@ def forwarded(request: RequestContext, base_path: str, caller: Caller, call: Age
     body = request.payload.iter_any() if data is None else data
     target = target_of(message.path, base_path)
     return ProxyRequest(message.method, target, headers, body, caller, call, request.arrived_s)
+
+
+def forward_at_once(
+    request: RequestContext, match: Match, caller: Caller, forwarder: Forwarder | None, limit_bytes: int
+) -> bool:
+    """Forward the unchanged bytes of a heartbeat to the replica that owns the agent's shard.
+
+    Returns False if that is not possible without waiting.
+    """
+    connection = request.connection
+    suitable = request.immediate and match.route.operation == "heartbeat" and not request.message.chunked
+    if forwarder is None or not connection.raw_request or not suitable:
+        return False
+    if hdrs.CONTENT_ENCODING in request.headers:
+        return False
+    check_announcement(request, limit_bytes)
+    return forwarder.forward_now(caller.token, connection.raw_request, connection.answer_late)
 
 
 def headers_of(message: RawRequestMessage) -> tuple[tuple[str, str], ...]:

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from shim.agent_api.admission import Guard, RouteCache, Router, is_handshake, token_of
 from shim.agent_api.connection import Admitted, RequestContext
-from shim.agent_api.forwarding import forwarded, is_large, target_of
+from shim.agent_api.forwarding import forward_at_once, forwarded, is_large, target_of
 from shim.agent_api.request_body import (
     RETRY_AFTER_S,
     BodyRejected,
@@ -165,7 +165,9 @@ class RequestHandler:
                     self._authorize(caller.token)
                 request.step = "owner"
                 if self._is_elsewhere is not None and self._is_elsewhere(caller.token):
-                    return None if self._forward_at_once(request, match, caller) else self.forward_or_serve(request)
+                    limit_bytes = self._listen.max_body_bytes
+                    at_once = forward_at_once(request, match, caller, self._forwarder, limit_bytes)
+                    return None if at_once else self.forward_or_serve(request)
             return self._serve(request, admitted)
         except Exception as error:  # noqa: BLE001 - a defect is logged there
             return self._reply_to(request, error)
@@ -376,20 +378,6 @@ class RequestHandler:
         return match.dialect.render(match.route.operation, failed, request.call or Call(match.params))
 
     # --- other replicas -----------------------------------------------------------------------------------------------
-
-    def _forward_at_once(self, request: RequestContext, match: Match, caller: Caller) -> bool:
-        """Forward the unchanged bytes of a heartbeat to the replica that owns the agent's shard.
-
-        Returns False if that is not possible without waiting.
-        """
-        forwarder, connection = self._forwarder, request.connection
-        suitable = request.immediate and match.route.operation == "heartbeat" and not request.message.chunked
-        if forwarder is None or not connection.raw_request or not suitable:
-            return False
-        if hdrs.CONTENT_ENCODING in request.headers:
-            return False
-        check_announcement(request, self._listen.max_body_bytes)
-        return forwarder.forward_now(caller.token, connection.raw_request, connection.answer_late)
 
     async def forward_or_serve(self, request: RequestContext) -> Served:
         """Return the reply of the replica that owns the agent's shard, or serve the call here if there is none."""
