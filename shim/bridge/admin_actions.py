@@ -229,7 +229,8 @@ class AdminActions:
             raise OperatorError(
                 409, "it was rejected when it arrived and never stored: the controller must send it again"
             )
-        if self._ctx.sessions.get(key) is None:
+        agent = self._ctx.sessions.get(key)
+        if agent is None:
             raise OperatorError(409, f"its agent {key.ident} no longer exists: no agent would fetch it")
         if not self._queues.get_or_create(key).room_for(record.size_bytes, self._ctx.queue_policy):
             raise OperatorError(409, "the queue of its agent is full")
@@ -240,7 +241,7 @@ class AdminActions:
             key, (command_id,), wall, "redeliver", f"{why}; before that, {_STATE_TEXTS[record.state]}"
         )
         answer: asyncio.Future[bool | StoreError] = asyncio.get_running_loop().create_future()
-        done = partial(self._requeued, again, answer)
+        done = partial(self._requeued, agent, again, answer)
         self._ctx.store.submit(RequeueCommand(key, command_id, wall, again.expires_unix), step, done=done)
         outcome = await answer
         if isinstance(outcome, StoreError):
@@ -250,16 +251,18 @@ class AdminActions:
         return again
 
     def _requeued(
-        self, record: CommandRecord, answer: asyncio.Future[bool | StoreError], outcome: bool | StoreError
+        self,
+        agent: Session,
+        record: CommandRecord,
+        answer: asyncio.Future[bool | StoreError],
+        outcome: bool | StoreError,
     ) -> None:
         """Queue a command inside the store's callback, before any other event can change it."""
         resolve(answer, outcome)
         if outcome is True:
-            at = self._ctx.moment()
             log.info("command_redelivered", command=record.id, session=record.session.ident)
             self._queues.count("redelivered_by_hand")
-            self._queues.add(record, at.now + record.expires_unix - at.unix, at.now)
-            self._delivery.try_offer(record.session, at)
+            self._delivery.requeued(agent, record, self._ctx.moment())
 
     # --- removal of an agent ------------------------------------------------------------------------------------------
 

@@ -88,6 +88,18 @@ class CommandQueues:
         self.schedule_expiry(record.session, queued, now)
         return queued
 
+    def add_stored(
+        self, session: Session, record: CommandRecord, expires_at: float, now: float
+    ) -> QueuedCommand | None:
+        """Queue a command that was stored for a session, which may have been superseded during the write.
+
+        Returns None if its successor has the command: the store keeps only the successor's.
+        """
+        key = self._ctx.sessions.home_of(session)
+        if self.get_or_create(key).get(record.id) is not None:
+            return None
+        return self.add(replace(record, session=key), expires_at, now)
+
     def load(self, records: tuple[CommandRecord, ...]) -> None:
         """Queue the stored commands after a restart; commands in an offer become uncertain."""
         at = self._ctx.moment()

@@ -188,19 +188,27 @@ class CommandDelivery:
     def _stored(self, arrival: _Arrival, seq: int) -> None:
         """Queue a command that was just stored, and offer it if a poll is held."""
         record, at = arrival.record, self._ctx.moment()
-        key = self._ctx.sessions.home_of(arrival.session)  # the session may have been superseded during the write
-        twin = self._queues.get_or_create(key).get(record.id)
-        if twin is not None:  # the successor has this command already, and the store keeps the successor's
-            self._known(arrival, PutOutcome(twin.seq, duplicate=True, state=twin.state))
+        expires_at = arrival.at + (record.expires_unix - record.arrived_unix)
+        queued = self._queues.add_stored(arrival.session, replace(record, seq=seq), expires_at, at.now)
+        if queued is None:
+            self._known(arrival, PutOutcome(seq, duplicate=True))
             return
+        queued.arrived_at, key = arrival.at, queued.record.session
+        arrival.settled(True)
         self._queues.count("queued")
         log.info("command_queued", command=record.id, type=record.type, session=key.ident)
-        expires_at = arrival.at + (record.expires_unix - record.arrived_unix)
-        queued = self._queues.add(replace(record, session=key, seq=seq), expires_at, at.now)
-        queued.arrived_at = arrival.at
-        arrival.settled(True)
         if arrival.offer is not None:
             self._offer_stored(queued, *arrival.offer, at)
+        self._offer_or_end(key, at)
+
+    def requeued(self, session: Session, record: CommandRecord, at: Moment) -> None:
+        """Queue a command that an operator has queued again in the store, and offer it if a poll is held."""
+        queued = self._queues.add_stored(session, record, at.now + record.expires_unix - at.unix, at.now)
+        if queued is not None:
+            self._offer_or_end(queued.record.session, at)
+
+    def _offer_or_end(self, key: SessionKey, at: Moment) -> None:
+        """Offer a command that was just queued if a poll is held; end it if its session was removed meanwhile."""
         if self._ctx.sessions.get(key) is None:
             self._queues.end_session(key)
         self.try_offer(key, at)

@@ -237,6 +237,48 @@ async def test_a_held_poll_gets_a_redelivered_command_at_once(make_world: MakeWo
     assert [command.id for command in agent.take(await held)] == ["k1"]
 
 
+async def test_what_is_redelivered_while_its_agent_gets_another_cluster_id_goes_to_that_one(world: World) -> None:
+    agent = await polling(world, "k1")
+    assert await agent.poll() == ["k1"]
+    await agent.heartbeat()
+    await world.settle()
+    assert await world.state("k1") == "delivered"
+    world.store.slow = True
+    asking = world.loop.create_task(world.bridge.admin_actions.redeliver("k1"))
+    await world.settle()
+    world.store.catch_up()  # it was looked up
+    world.store.slow = True
+    await world.settle()
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    await agent.register()
+    await world.until(lambda: [each.key.ident for each in world.bridge.ctx.sessions] == ["c-new"])
+    world.store.catch_up()
+    await asking
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+
+
+async def test_what_is_redelivered_while_its_agent_is_forgotten_ends(world: World) -> None:
+    agent = await polling(world, "k1")
+    assert await agent.poll() == ["k1"]
+    await agent.heartbeat()
+    await world.settle()
+    session = world.session(agent.cluster_id)
+    world.store.slow = True
+    asking = world.loop.create_task(world.bridge.admin_actions.redeliver("k1"))
+    await world.settle()
+    world.store.catch_up()
+    world.store.slow = True
+    await world.settle()
+    forgetting = world.loop.create_task(world.bridge.session_registry.forget(session))
+    await world.settle()
+    world.store.catch_up()
+    await asyncio.gather(asking, forgetting)
+    await world.settle()
+    assert await world.state("k1") == "expired"
+    assert len(world.bridge.queues) == 0
+
+
 async def test_what_has_a_result_or_still_waits_is_not_redelivered(world: World) -> None:
     agent = await polling(world, "k1", "k2")
     assert "it waits for its agent" in await refused(world, 409, "k1", redeliver=True)
