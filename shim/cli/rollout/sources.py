@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -52,8 +53,9 @@ def by_contexts(contexts: Iterable[str], terms: Terms) -> list[Access]:
 
 def by_kubeconfigs(pattern: str, terms: Terms) -> list[Access]:
     """Return the access by the current context of each file that matches, named after the file."""
-    whole = Path(pattern).expanduser().absolute()
-    paths = sorted(Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))))
+    # `Path.glob` raises errors of many types for patterns that it does not accept.
+    found = glob.glob(os.path.expanduser(pattern), recursive=True, include_hidden=True)  # noqa: PTH111, PTH207
+    paths = sorted(Path(each).absolute() for each in found)
     stems = [path.stem for path in paths]
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
     options = [(f"--kubeconfig={path}",) for path in paths]

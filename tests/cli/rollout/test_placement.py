@@ -159,6 +159,8 @@ def rollout(*args: str, stdout: str = "") -> tuple[int, str]:
         ("report", "--urls", "{empty}"),
         ("step", "--urls", "{one}", "--expect", "{gone}"),
         ("report", "--kubeconfig-glob", "{gone}"),
+        ("report", "--kubeconfig-glob", "~nobody-of-this-name/*.yaml"),
+        ("report", "--kubeconfig-glob", "{gone}/**x/["),
         ("report", "--prometheus", "http://127.0.0.1:1", "--token-file", "{gone}"),
     ],
 )
