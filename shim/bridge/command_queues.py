@@ -17,6 +17,7 @@ from shim.core.records import (
     VIA_HTTP,
     CommandRecord,
     CommandState,
+    MarkCommands,
     OutboxEntry,
     PutOutbox,
     SessionKey,
@@ -42,7 +43,7 @@ class _FinalState(msgspec.Struct, frozen=True):
     `code` and `error` are sent to the controller.
     """
 
-    key: SessionKey
+    session: SessionKey
     record: CommandRecord
     state: CommandState
     code: str
@@ -59,7 +60,7 @@ class CommandQueues:
         self._expiries: list[tuple[float, int, SessionKey, str]] = []
         self._scheduled = 0
         self._timer_at: float | None = None
-        self._unstored: dict[tuple[SessionKey, str], _FinalState] = {}
+        self._unstored: dict[tuple[SessionKey, str], _FinalState | MarkCommands] = {}
         self._wall_offset_s = 0.0
         self.unpolled: set[SessionKey] = set()
 
@@ -117,8 +118,8 @@ class CommandQueues:
     def move(self, source: SessionKey, target: SessionKey, at: Moment) -> None:
         """Move the commands of the superseded session `source` to `target`."""
         for key, command_id in [name for name in self._unstored if name[0] == source]:
-            ending = self._unstored.pop((key, command_id))
-            self._unstored[target, command_id] = replace(ending, key=target)
+            unstored = self._unstored.pop((key, command_id))
+            self._unstored[target, command_id] = replace(unstored, session=target)
         queue = self._queues.pop(source, None)
         if queue is None:
             return
@@ -146,7 +147,23 @@ class CommandQueues:
         """Count, store and trace one transition of the given commands; do nothing without ids."""
         if ids:
             self.count(event, len(ids))
-            self._ctx.store.submit(self._ctx.mark(key, ids, state, wall, event, detail, attempts=attempts))
+            self.store_mark(self._ctx.mark(key, ids, state, wall, event, detail, attempts=attempts))
+
+    def store_mark(self, mark: MarkCommands) -> None:
+        """Store a change of commands. One by which they leave the queue is repeated until it is stored."""
+        leaves = mark.state in (CommandState.DELIVERED, CommandState.CLOSED)
+        self._ctx.store.submit(mark, done=partial(self._mark_stored, mark) if leaves else None)
+
+    def _mark_stored(self, mark: MarkCommands, outcome: StoreError | None) -> None:
+        """Keep the change of commands that have left the queue if the store refused it, until a retry succeeds.
+
+        Otherwise a restart would offer the commands again.
+        """
+        if outcome is None:
+            self._retry()
+            return
+        for command_id in mark.ids:
+            self._unstored[mark.session, command_id] = replace(mark, ids=(command_id,))
 
     def handle_uncertain(self, key: SessionKey, outcome: UncertainOutcome, reason: str, wall: float) -> None:
         """Record commands without evidence of delivery: some will be offered again, the others end as DEAD."""
@@ -176,7 +193,7 @@ class CommandQueues:
         If the store fails, send the report anyway and keep the final state for a retry: without it, a restart would
         deliver the command again.
         """
-        key, record, ids = ending.key, ending.record, (ending.record.id,)
+        key, record, ids = ending.session, ending.record, (ending.record.id,)
         wall = self._ctx.clock.wall_s()
         session = self._ctx.sessions.get(key)
         report = self._outbox.failure_payload(session, record.id, wall, code=ending.code, error=ending.error)
@@ -196,23 +213,26 @@ class CommandQueues:
         """Send the report. If the store failed, keep the final state, and send `report` unless it is None."""
         self._ctx.arriving.remove(0)
         if isinstance(outcome, StoreError):
-            self._unstored[ending.key, ending.record.id] = ending
+            self._unstored[ending.session, ending.record.id] = ending
             if report is not None:
                 # The report is not kept in memory: the successful retry sends it again, from disk.
-                self._outbox.send_unpersisted(ending.key, ending.record.request_id, report, again=False)
+                self._outbox.send_unpersisted(ending.session, ending.record.request_id, report, again=False)
             return
         if outcome is not None:
             self._outbox.added(outcome)
         self._retry()
 
     def _retry(self) -> None:
-        """Retry one final state that the store refused; its success triggers the next retry."""
+        """Retry one change that the store refused; its success triggers the next retry."""
         if self._unstored:
-            name = next(iter(self._unstored))
-            self._store(self._unstored.pop(name), again=True)
+            unstored = self._unstored.pop(next(iter(self._unstored)))
+            if isinstance(unstored, MarkCommands):
+                self.store_mark(unstored)
+            else:
+                self._store(unstored, again=True)
 
     def answered(self, key: SessionKey, command_id: str) -> None:
-        """Drop an unstored final state of a command whose result is stored: the result takes precedence."""
+        """Drop an unstored change of a command whose result is stored: the result takes precedence."""
         self._unstored.pop((key, command_id), None)
 
     def end_session(self, key: SessionKey) -> None:

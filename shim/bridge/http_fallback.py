@@ -197,7 +197,7 @@ class HttpFallbackBridge:
         """Close a command whose result the vendor's HTTP API has accepted."""
         key, wall = self._key(caller, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
-        self._ctx.store.submit(self._ctx.mark(key, ids, CommandState.CLOSED, wall, "closed", "by HTTP"))
+        self._queues.store_mark(self._ctx.mark(key, ids, CommandState.CLOSED, wall, "closed", "by HTTP"))
         self._delivery.answered(key, call.command_id)
 
     def _key(self, caller: Caller, call: ResultCall) -> SessionKey:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 
-from shim.core.agent_calls import PollCall, RegisterCall
+from shim.core.agent_calls import PollCall, RegisterCall, ResultCall
 from shim.fallback import FallbackPolicy
 from shim.ports import Caller, ProxyRequest, ProxyResponse
-from tests.bridge.conftest import MakeWorld, living
+from tests.bridge.conftest import MakeWorld, given, living
 from tests.support.upstream import REFUSED
 from tests.support.world import Agent, World
 
@@ -83,6 +83,17 @@ async def test_commands_of_the_http_api_that_cannot_be_stored_are_not_reported_a
     merged = await world.bridge.http_fallback.merge(caller, poll, [{"id": "k1"}], world.now)
     assert merged is not None
     assert [command.id for command in agent.take(merged)] == ["k1"]
+
+
+async def test_what_ended_by_http_while_the_disk_was_full_does_not_come_again(world: World) -> None:
+    agent = await given(world, "k1")
+    world.store.fail()
+    call = ResultCall(agent.dialect, agent.target, "k1", {"success": True})
+    world.bridge.http_fallback.result_taken(Caller(agent.token, agent.connection), call)
+    await world.settle()
+    world.store.heal()
+    await agent.live(10)
+    assert await world.state("k1") == "closed"
 
 
 class AnsweredAtOnce(FallbackPolicy):

@@ -15,10 +15,10 @@ from msgspec.structs import replace
 from shim.bridge.outbox import REASONS
 from shim.bridge.scheduler import TICK_S
 from shim.core.agent_calls import Accepted, Failed, Registered
-from shim.core.records import Prune, SessionKey, StoreContents
+from shim.core.records import CommandState, MoveSession, Prune, SessionKey, StoreContents
 from shim.ports import CommandStore
 from shim.store.sqlite import SqliteStore
-from tests.bridge.conftest import MakeWorld, codes, living
+from tests.bridge.conftest import MakeWorld, codes, given, living
 from tests.support.memory_store import MemoryStore
 from tests.support.world import World
 
@@ -107,6 +107,53 @@ async def test_the_largest_command_or_result_that_a_full_disk_refused_is_remembe
         assert isinstance(await agent.result("k1", output="x" * size_bytes), Failed)
         sizes.append(world.bridge.ctx.refused_bytes)
     assert 2000 <= sizes[0] == sizes[1] < 4000 <= sizes[2] == sizes[3]
+
+
+@pytest.mark.parametrize("offer_is_stored", [True, False])
+async def test_what_was_delivered_while_the_disk_was_full_does_not_come_again(
+    world: World, offer_is_stored: bool
+) -> None:
+    agent = await given(world, "k1", "k2")
+    if not offer_is_stored:
+        world.store.fail()
+    assert await agent.poll() == ["k1", "k2"]
+    world.store.fail()
+    assert await agent.poll() == []
+    await agent.live(20)
+    assert await world.state("k1") == ("offered" if offer_is_stored else "queued")
+    world.store.heal()
+    await agent.live(10)
+    assert [await world.state(name) for name in ("k1", "k2")] == ["delivered"] * 2
+    await world.restart()
+    assert await agent.poll() == []
+
+
+async def test_a_result_is_not_undone_by_the_delivery_that_the_disk_refused_before(world: World) -> None:
+    agent = await given(world, "k1")
+    assert await agent.poll() == ["k1"]
+    world.store.fail()
+    assert await agent.poll() == []
+    world.store.heal()
+    assert await agent.result("k1") == Accepted()
+    await agent.live(40)
+    assert await world.state("k1") == "closed"
+
+
+async def test_a_delivery_that_the_disk_refused_moves_with_its_session(world: World) -> None:
+    agent = await given(world, "k1")
+    successor = await living(world, agent_id="pod-2", name="new")
+    assert await agent.poll() == ["k1"]
+    world.store.fail()
+    assert await agent.poll() == []
+    await world.settle()
+    world.store.heal()
+    source, target = (world.session(each.cluster_id).key for each in (agent, successor))
+    world.bridge.ctx.store.submit(MoveSession(source, target))
+    world.bridge.delivery.move(source, target)
+    await successor.live(10)
+    assert [(record.session, record.state) for record, _, _ in await world.store.find("k1")] == [
+        (target, CommandState.DELIVERED)
+    ]
 
 
 async def test_what_must_not_be_repeated_is_not_offered_without_a_record(make_world: MakeWorld) -> None:

@@ -21,8 +21,10 @@ def queued(at: float = 2, command: str = C) -> ev.Queued:
     return ev.Queued(at, command)
 
 
-def offered(at: float, attempt: int = 1, reason: str = "", command: str = C, *, recorded: bool = True) -> ev.Offered:
-    return ev.Offered(at, command, attempt, reason, recorded)
+def offered(
+    at: float, attempt: int = 1, reason: str = "", command: str = C, *, recorded: bool = True, by: str = ""
+) -> ev.Offered:
+    return ev.Offered(at, command, attempt, reason, recorded, by)
 
 
 def received(at: float, command: str = C) -> ev.Received:
@@ -81,6 +83,10 @@ def _redelivery() -> Iterator[History]:
     yield "twice without a reason", [*DELIVERED, offered(6, 2), received(7)], {"redelivery"}
     yield "twice under the same number", [*DELIVERED, offered(6, 1, "restart"), received(7)], {"redelivery"}
     yield "received more often than offered", [*DELIVERED, received(7)], {"redelivery"}
+    unknown = [pushed(), queued(), offered(3, recorded=False), received(4)]
+    yield "again by a replica whose database has no record", [*unknown, offered(6, by="other"), received(7)], set()
+    yield "again by the one that knew it", [*unknown, offered(6), received(7)], {"redelivery"}
+    yield "by another replica in spite of a record", [*DELIVERED, offered(6, by="other"), received(7)], {"redelivery"}
     yield "second attempt, the first one unseen", [pushed(), queued(), offered(3, 2, "restart"), received(4)], set()
     yield "second attempt out of nothing", [pushed(), queued(), offered(3, 2), received(4)], {"redelivery"}
     yield (

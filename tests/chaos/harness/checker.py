@@ -241,7 +241,7 @@ def _offer_problem(found: Case, before: Sequence[ev.Offered], offer: ev.Offered)
     last = before[-1]
     if found.lost_between(last.at, offer.at):
         return ""
-    forgotten = offer.reason == _RESTART or _died(found, last.at, offer.at)
+    forgotten = offer.reason == _RESTART or offer.by != last.by or _died(found, last.at, offer.at)
     if not all(earlier.recorded for earlier in before) and forgotten:
         return ""  # the disk took no record of the offer, and who offers now has only the disk's
     if not offer.reason:

@@ -52,12 +52,16 @@ class Stored(Event, frozen=True, tag="stored"):
 
 
 class Offered(Event, frozen=True, tag="offered"):
-    """The shim put it into a reply, for the `attempt`-th time. `recorded`: and its disk knows that."""
+    """The shim put it into a reply, for the `attempt`-th time. `recorded`: and its disk knows that.
+
+    `by` is the shim's configuration, which tells replicas apart.
+    """
 
     command: str
     attempt: int
     reason: str = ""
     recorded: bool = True
+    by: str = ""
 
 
 class Requeued(Event, frozen=True, tag="requeued"):

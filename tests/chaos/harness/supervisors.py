@@ -214,7 +214,8 @@ class ShimKeeper:
             case "command_queued":
                 self._note(ev.Queued(at, command))
             case "command_offered":
-                self._note(ev.Offered(at, command, entry["attempt"], entry["reason"], entry["recorded"]))
+                offer = entry["attempt"], entry["reason"], entry["recorded"]
+                self._note(ev.Offered(at, command, *offer, by=str(self._config)))
             case "command_requeued":
                 self._note(ev.Requeued(at, command, entry["attempt"]))
             case "command_delivered":
