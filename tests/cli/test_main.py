@@ -47,7 +47,6 @@ def test_a_closed_output_is_no_defect(tmp_path: Path) -> None:
     "command, code, said",
     [
         ("doctor --set upstream.url=http://127.0.0.1:1", 1, "Error: the working directory was removed"),
-        ("rollout report --kubeconfig-glob '*.yaml'", 64, "Error: the working directory was removed"),
         (
             "run --set upstream.url=http://127.0.0.1:1 --set listen.port=0 --set admin.port=0",
             70,
