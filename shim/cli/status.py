@@ -273,7 +273,7 @@ _ALIVE = HEAD.index("ALIVE")
 
 def _has_colours() -> bool:
     """Return True on a terminal, if rich is installed."""
-    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+    return sys.stdout is not None and sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
 
 
 def _show_in_colours(shown: View, look: Callable[[], View] | None) -> None:

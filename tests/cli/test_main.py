@@ -65,3 +65,17 @@ def test_a_working_directory_that_was_removed_is_named(command: str, code: int, 
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("inject --check <&-", 1, "Error: - cannot be read: it is closed"),
+        ("rollout preview --from-file - <&-", 64, "Error: standard input cannot be read: it is closed"),
+        ("rollout report --urls - --expect - <&-", 64, "Error: standard input cannot be read: it is closed"),
+    ],
+)
+def test_a_closed_standard_input_is_no_defect(command: str, code: int, said: str) -> None:
+    shell = f'exec "$0" -m shim {command}'
+    done = subprocess.run(["sh", "-c", shell, sys.executable], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.strip()) == (code, said)

@@ -114,6 +114,9 @@ async def test_status_says_it_in_the_terminal_and_as_json(tmp_path: Path, http: 
         assert (row["AGENT"], row["DIALECT"], row["ALIVE"]) == ("prod-cluster", "clusters_agent", "alive")
         code, out, _ = await run("status", "--json", *where(shim, tmp_path))
         assert (code, json.loads(out)["commands"]["waiting"]) == (0, 1)
+        shell = ["sh", "-c", '"$0" -m shim status "$@" >&-', sys.executable, *where(shim, tmp_path)]
+        closed = await asyncio.create_subprocess_exec(*shell, stderr=asyncio.subprocess.PIPE)
+        assert (await closed.communicate(), closed.returncode) == ((None, b""), 0)
 
 
 async def test_what_agents_call_themselves_does_not_steer_the_terminal(

@@ -15,6 +15,7 @@ from shim.cli.inject import documents, missing_sidecars
 from shim.cli.inject.settings import PodSettings
 from shim.cli.inject.settings import read as read_settings
 from shim.cli.inject.sidecar import NAME
+from shim.cli.standard_input import standard_input
 from shim.config.files import reason
 
 _IMAGE = re.compile(
@@ -61,7 +62,7 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
         )
     try:
         # Read as bytes: reading text would turn CRLF into LF.
-        data = sys.stdin.buffer.read() if filename == "-" else Path(filename).read_bytes()
+        data = standard_input().read() if filename == "-" else Path(filename).read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise click.ClickException(f"{filename} is not UTF-8 text") from None

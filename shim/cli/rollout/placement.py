@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import IO
 import click
 import msgspec
 
+from shim.cli.standard_input import standard_input
 from shim.config.settings import Rollout
 from shim.core.failover import bucket, in_rollout
 from shim.core.text import columns, plural, printable
@@ -66,7 +66,7 @@ def checked(names: Iterable[str]) -> list[str]:
 
 
 def read_names(path: str) -> list[str]:
-    """Return the names in a file, one a line, without empty lines. `-` is standard input.
+    """Return the names in a file, one a line, without empty lines and comments (`# …`). `-` is standard input.
 
     Windows' line ends and a byte order mark are accepted. Raises click's error for anything that is no UTF-8 text:
     another encoding would give other hashes without a sign of it.
@@ -74,7 +74,7 @@ def read_names(path: str) -> list[str]:
     shown = "standard input" if path == "-" else path
     try:
         if path == "-":
-            data = _read(sys.stdin.buffer)
+            data = _read(standard_input())
         else:
             with Path(path).open("rb") as file:
                 data = _read(file)
@@ -92,7 +92,7 @@ def read_names(path: str) -> list[str]:
             raise click.ClickException(f"{shown}, line {number}: not UTF-8: save it as UTF-8") from None
         if "\0" in name:
             raise click.ClickException(f"{shown}, line {number}: a NUL byte, so it is no text file")
-        if name:
+        if name and name.split()[0] != "#":
             names.append(name)
     return names
 

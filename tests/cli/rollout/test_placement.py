@@ -80,6 +80,7 @@ def test_a_larger_percentage_only_adds_clusters() -> None:
         b"prod-cluster\r\n\r\nstaging\r\n",
         b"\xef\xbb\xbfprod-cluster\nstaging",
         b"\n\n  prod-cluster \n\tstaging\n\n",
+        b"# all of them\nprod-cluster\n #\n # second\nstaging\n",
     ],
 )
 def test_files_as_people_have_them(text: bytes, tmp_path: Path) -> None:
