@@ -111,7 +111,9 @@ def _health(overall: dict[str, Any]) -> Iterator[Finding]:
     """Repeat what the shim itself says of its health, so that doctor and the status page never differ."""
     for problem in overall["problems"]:
         finding = failed if problem["level"] == "bad" else warned
-        yield finding("health", problem["text"], problem["hint"] or "nothing: it passes by itself")
+        yield finding(
+            "health", problem["text"], problem["hint"] or "nothing, unless another line says FAIL: it passes by itself"
+        )
     if not overall["problems"]:
         text = overall["text"]
         yield warned("health", text, "agents come first") if overall["level"] == "waiting" else passed("health", text)
