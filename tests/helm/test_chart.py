@@ -227,6 +227,10 @@ def test_kyvernos_policy_checks_the_sidecar_at_installation_and_says_so(tmp_path
         (["config.commands.types={}", "config.commands.types[0]="], "types"),
         (["config.rollout.include[0]="], "include"),
         (["config.sunset.at=tomorrow"], "sunset"),
+        # A section without a value, as a values file has it when all its keys are comments.
+        (["upstream=null"], "upstream"),
+        (["config=null"], "config"),
+        (["store=null"], "store"),
     ],
 )
 @pytest.mark.parametrize("helm", HELMS)
