@@ -251,7 +251,10 @@ async def waiting(make_world: MakeWorld, **commands: Any) -> tuple[World, Agent,
     return world, agent, poll
 
 
-async def test_a_command_for_a_held_poll_costs_one_write(make_world: MakeWorld) -> None:
+async def test_a_command_for_a_held_poll_costs_one_write(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     world, agent, poll = await waiting(make_world)
     before = len(world.store.log)
     world.controller.push("k1", type="scale")
@@ -263,11 +266,29 @@ async def test_a_command_for_a_held_poll_costs_one_write(make_world: MakeWorld) 
     [(record, _, trace)] = await world.store.find("k1")
     assert (record.state, record.attempts) == (CommandState.OFFERED, 1)
     assert [(step.event, step.detail) for step in trace] == [("arrived", "scale"), ("offered", "attempt 1")]
+    assert [step.wall for step in trace] == [record.arrived_unix] * 2
+    [offer] = [each.fields for each in caplog.records if each.getMessage() == "command_offered"]  # type: ignore[attr-defined]
+    assert offer["recorded"] is True
     assert [step.event for step in world.bridge.ctx.recent_commands] == ["offered"]
     assert world.metric("commands_total", event="offered") == 1
     assert await agent.poll() == []
     await world.settle()
     assert await world.state("k1") == "delivered"
+
+
+async def test_each_offer_of_many_held_polls_has_a_time_limit_of_its_own(make_world: MakeWorld) -> None:
+    world = await make_world(poll={"hold": 20})
+    agents = [await living(world), await living(world, cluster_id="c-2", agent_id="pod-2", name="other")]
+    polls = [agent.poll_task() for agent in agents]
+    await world.pass_s(1)
+    for number, agent in enumerate(agents):
+        world.controller.push(f"k{number}", cluster_id=agent.cluster_id)
+    await world.settle()
+    for agent, poll in zip(agents, polls, strict=True):
+        agent.take(poll.result())
+        agent.reconnect(clean=False)
+    await world.pass_s(61)
+    assert [traces(world, name)[-1] for name in ("k0", "k1")] == ["uncertain: no evidence"] * 2
 
 
 async def test_what_comes_during_the_write_waits_for_the_next_poll(make_world: MakeWorld) -> None:
@@ -308,8 +329,9 @@ async def test_a_poll_that_ends_during_the_write_swallows_nothing(
     await world.settle()
     world.store.catch_up()
     await world.settle()
-    [(record, _, _)] = await world.store.find("k1")
+    [(record, _, trace)] = await world.store.find("k1")
     assert (record.state, record.attempts) == (CommandState.QUEUED, 0)
+    assert [step.wall > record.arrived_unix for step in trace[2:]] == [ends is hold_ends]
     assert await agent.poll() == ["k1"]
     tried = ["offered: attempt 1", "requeued: not written", "offered: attempt 1"]
     assert traces(world, "k1") == ["arrived: command", *tried]
