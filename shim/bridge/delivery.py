@@ -512,7 +512,7 @@ class CommandDelivery:
         success = body.get("success") is True
         step = self._ctx.step(session.key, (command_id,), at.unix, "result", "success" if success else "failure")
         stored: asyncio.Future[StoreError | None] = asyncio.get_running_loop().create_future()
-        done = partial(self._result_stored, session.key, command_id, success, at.now if online else None, stored)
+        done = partial(self._result_stored, session, command_id, success, at.now if online else None, stored)
         self._ctx.store.submit(PutResult(session.key, command_id, payload, at.unix), step, done=done)
         error = await stored
         if error is not None:
@@ -521,7 +521,7 @@ class CommandDelivery:
 
     def _result_stored(
         self,
-        key: SessionKey,
+        session: Session,
         command_id: str,
         success: bool,
         posted_at: float | None,
@@ -532,11 +532,12 @@ class CommandDelivery:
         # First, so that a defect in what follows does not keep the agent waiting: the result is on disk.
         resolve(stored, outcome if isinstance(outcome, StoreError) else None)
         if not isinstance(outcome, StoreError):
+            key = self._ctx.sessions.home_of(session)  # the session may have been superseded during the write
             kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
             self._ctx.metrics.results.labels(kind, "true" if success else "false").inc()
             log.info("result_stored", command=command_id, session=key.ident, known=outcome.known)
             if outcome.entry is not None:
-                self._outbox.added(outcome.entry, posted_at)
+                self._outbox.added(replace(outcome.entry, session=key), posted_at)
             self.answered(key, command_id)
 
     def answered(self, key: SessionKey, command_id: str) -> None:

@@ -178,7 +178,7 @@ class LookUpCommand(StoreOperation[PutOutcome | None], frozen=True):
 class MarkCommands(StoreOperation[None], frozen=True):
     """Set the state of commands of a session, add `attempts` to their count, and `step` to their traces.
 
-    Of an unknown id only the step is stored.
+    The state of a command with a result stays. Of an unknown id only the step is stored.
     """
 
     session: SessionKey

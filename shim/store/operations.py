@@ -82,8 +82,10 @@ _FIND_LONE_TRACES = (
     " FROM known CROSS JOIN lone_traces AS t WHERE t.session = known.session AND t.command_id = ?1 AND {mine}"
     " ORDER BY t.id"
 )
+# A result is final: it may have been stored after the change was decided and before it is carried out.
 _CHANGE = (
-    "UPDATE commands SET state = ?1, attempts = CASE WHEN attempts + ?2 > 0 THEN attempts + ?2 ELSE 0 END, updated = ?3"
+    "UPDATE commands SET state = CASE WHEN result IS NULL THEN ?1 ELSE state END,"
+    " attempts = CASE WHEN attempts + ?2 > 0 THEN attempts + ?2 ELSE 0 END, updated = ?3"
 )
 MARK = f"{_CHANGE} WHERE session = ?4 AND id = ?5"
 # A step is appended to the command's own row as long as that has room.

@@ -576,6 +576,47 @@ async def test_a_command_that_is_stored_while_its_session_moves_to_one_that_has_
     assert world.metric("commands_total", event="duplicate") == 1
 
 
+@pytest.mark.parametrize("state", ["delivered", "uncertain"])
+async def test_a_result_is_the_end_whatever_shows_while_it_is_stored(world: World, state: str) -> None:
+    agent = await given(world, "k1")
+    assert await agent.poll() == ["k1"]
+    world.store.slow = True
+    posting = world.loop.create_task(world.agent(cluster_id=agent.cluster_id).result("k1"))
+    await world.settle()
+    if state == "delivered":
+        await agent.heartbeat()
+    else:
+        await world.pass_s(70)
+    world.store.catch_up()
+    await world.settle()
+    assert posting.result() == Accepted()
+    assert await agent.poll() == []
+    await agent.live(40)
+    assert await world.state("k1") == "closed"
+    await world.restart()
+    await agent.heartbeat()
+    assert await agent.poll() == []
+
+
+async def test_a_result_that_is_stored_while_its_session_moves_ends_the_command_there(world: World) -> None:
+    agent = await given(world, "k1")
+    assert await agent.poll() == ["k1"]
+    former = world.agent(cluster_id=agent.cluster_id)
+    world.store.slow = True
+    posting = world.loop.create_task(former.result("k1"))
+    await world.settle()
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    await agent.register()
+    await world.until(lambda: [each.key.ident for each in world.bridge.ctx.sessions] == ["c-new"])
+    world.store.catch_up()
+    await world.settle()
+    assert posting.result() == Accepted()
+    assert await agent.poll() == []
+    assert len(world.bridge.queues) == 0
+    await agent.live(40)
+    assert await world.state("k1") == "closed"
+
+
 # --- polls while the state of the reply's connection is unknown -------------------------------------------------------
 
 

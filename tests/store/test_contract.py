@@ -162,6 +162,17 @@ def test_marking_counts_attempts_and_ignores_unknown_ids(client: StoreClient) ->
     }
 
 
+def test_a_change_that_is_carried_out_after_the_result_changes_no_state(client: StoreClient, reopen: Reopen) -> None:
+    client.run(put("1"), PutResult(KEY, "1", RESULT, wall=120.0))
+    for state in (CommandState.DELIVERED, CommandState.UNCERTAIN):
+        client.one(mark("1", state, 121.0))
+        assert state_of(client, "1") == CommandState.ANSWERED
+    client.one(CloseOutbox((outbox(client)[0].seq,), wall=130.0))
+    client.one(mark("1", CommandState.UNCERTAIN, 131.0))
+    assert state_of(client, "1") == CommandState.CLOSED
+    assert reopen(client).open().commands == ()
+
+
 @pytest.mark.parametrize("state", CommandState)
 def test_a_command_is_queued_again_by_hand_only_when_it_has_ended_without_a_result(
     client: StoreClient, reopen: Reopen, state: CommandState

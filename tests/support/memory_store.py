@@ -168,7 +168,8 @@ class MemoryStore:
         for each in operation.ids:
             command = self._commands.get((operation.session, each))
             if command is not None:
-                command.enter(operation.state, operation.step.wall, operation.attempts)
+                state = operation.state if command.result is None else command.record.state
+                command.enter(state, operation.step.wall, operation.attempts)
         self._add_trace(AddTrace(operation.session, operation.ids, operation.step))
 
     def _requeue(self, operation: RequeueCommand) -> bool:

@@ -75,7 +75,8 @@ _PUT = GroupStatement(
 )
 # The result is the numbers of the rows whose command is stored, in any order: negative if its trace is full.
 _MARK = GroupStatement(
-    "WITH marked AS (UPDATE commands AS c SET state = g.state, updated = g.updated,"
+    "WITH marked AS (UPDATE commands AS c SET updated = g.updated,"
+    " state = CASE WHEN c.result IS NULL THEN g.state ELSE c.state END,"
     f" {_STEPS.format(step='g.step')}, attempts = CASE WHEN attempts + more > 0 THEN attempts + more ELSE 0 END"
     " FROM {rows} WITH ORDINALITY AS g (state, more, updated, session, id, step, n)"
     " WHERE c.session = g.session AND c.id = g.id RETURNING CASE WHEN c.steps LIKE '% ' THEN -n ELSE n END AS n)"
