@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -259,14 +260,18 @@ def contexts_places(
 def in_parallel(items: Sequence[_T], parallel: int, function: Callable[[_T], _R], interrupted: Event) -> list[_R]:
     """Return the results in the order of the items, computed in at most `parallel` threads.
 
-    `interrupted` is set on Ctrl-C, so that running functions can end early: the pool waits for them.
+    `interrupted` is set on Ctrl-C and SIGTERM, so that running functions can end early: the pool waits for them.
     """
+    # Without it, a pipeline that ends this process would leave its kubectls behind, which have sessions of their own.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(max_workers=parallel) as pool:
         try:
             return list(pool.map(function, items))
         except BaseException:
             interrupted.set()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def split(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -194,6 +195,23 @@ def test_an_interrupted_report_has_no_verdict(part: str, tmp_path: Path) -> None
             child.send_signal(signal.SIGINT)
             out, _ = child.communicate(timeout=60)
         assert (child.returncode, out) == (64, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_report_leaves_no_kubectl_behind(number: signal.Signals, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "begun")
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/begun\nexec sleep 600\n")
+    kubectl.chmod(0o755)
+    command = [sys.executable, "-m", "shim", "rollout", "report", "--contexts", "a", "--timeout", "300"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
+        pid = int((tmp_path / "begun").read_text())
+        child.send_signal(number)
+        out, _ = child.communicate(timeout=60)
+    assert (child.returncode, out) == (64, b"")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_names_that_could_control_a_terminal_are_shown_without_that() -> None:
