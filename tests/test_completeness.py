@@ -28,6 +28,7 @@ ELSEWHERE = {
     # Commands are tried as commands.
     "cli/admin_client.py": "e2e/test_operate.py",
     "cli/admin_commands.py": "e2e/test_operate.py",
+    "cli/standard_input.py": "cli/test_main.py",
     "cli/status.py": "e2e/test_operate.py",
     "cli/doctor/report.py": "cli/doctor/test_sources.py",
     "cli/inject/sidecar.py": "cli/inject/test_same_pod.py",
