@@ -11,10 +11,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext, Moment
-from shim.bridge.delivery import CommandDelivery
 from shim.bridge.heartbeats import HeartbeatForwarder
 from shim.bridge.link_pool import LinkPool
 from shim.bridge.long_polls import LongPolls, failed
+from shim.bridge.outbox import Outbox
 from shim.bridge.registration import REFUSED, Registrations
 from shim.bridge.session_registry import SessionRegistry
 from shim.core.agent_calls import (
@@ -55,7 +55,7 @@ class AgentCallHandler:
         links: LinkPool,
         session_registry: SessionRegistry,
         registrations: Registrations,
-        delivery: CommandDelivery,
+        outbox: Outbox,
         long_polls: LongPolls,
         heartbeats: HeartbeatForwarder,
     ) -> None:
@@ -65,7 +65,7 @@ class AgentCallHandler:
         self._usage = session_registry.usage
         self._heartbeats = heartbeats
         self._registrations = registrations
-        self._delivery = delivery
+        self._outbox = outbox
         self._polls = long_polls
 
     def call(
@@ -183,7 +183,7 @@ class AgentCallHandler:
 
     async def _posted(self, session: Session, call: ResultCall, at: Moment, *, online: bool) -> CallResult:
         try:
-            await self._delivery.post_result(session, call.command_id, call.body, at, online=online)
+            await self._outbox.post_result(session, call.command_id, call.body, at, online=online)
         except StoreError:
             return CallResult(Failed(503, "the result cannot be stored now", retry_after_s=RETRY_AFTER_S))
         return CallResult(_ACCEPTED)

@@ -56,7 +56,6 @@ class Bridge:
             self.gateways,
             self.registrations,
             self.session_registry,
-            self.delivery,
             self.outbox,
             self.heartbeats,
         ).install()
@@ -65,7 +64,7 @@ class Bridge:
         )
         self.http_fallback = HttpFallbackBridge(ctx, self.links, self.session_registry, self.queues, self.delivery)
         self.calls = AgentCallHandler(
-            ctx, self.links, self.session_registry, self.registrations, self.delivery, self.long_polls, self.heartbeats
+            ctx, self.links, self.session_registry, self.registrations, self.outbox, self.long_polls, self.heartbeats
         )
         self.websocket_agents = WebSocketAgents(ctx, self.links.owner_of)
         self._upkeep = PeriodicTasks(ctx, self._periodic_tasks())

@@ -1,4 +1,4 @@
-"""The way of a command through the shim, from its arrival to the confirmation of its result.
+"""The way of a command to its agent, from its arrival to the evidence of its delivery; `Outbox` has its result's.
 
 | step | method | stored state |
 |---|---|---|
@@ -8,8 +8,8 @@
 | both at once, for a poll that is held | `_store`, `_put_done`, `_offer_stored` | OFFERED |
 | the reply is written | `written` | OFFERED |
 | there is evidence that the agent has received it | `_delivered` | DELIVERED |
-| the agent posts its result | `post_result`, `_result_stored` | ANSWERED |
-| the controller confirms the result | `results_confirmed`, `_closed` | CLOSED |
+| the agent posts its result | `Outbox.post_result`, `answered` | ANSWERED |
+| the controller confirms the result | `Outbox.confirmed` | CLOSED |
 
 A command leaves this way if it is rejected (`_refuse`), if its reply is not written (`unwritten`), if there is no
 evidence in time (`_evidence_due`), or if it expires or is given up (`CommandQueues.finish`). The states and events are
@@ -26,25 +26,21 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import count, groupby
-from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from shim.bridge.command_queues import AwaitedEvidence, CommandQueues
-from shim.bridge.context import BridgeContext, Moment, resolve
-from shim.bridge.outbox import DRAINED, REASONS, Outbox, OutboxRecord, Rejection, Rejections
+from shim.bridge.context import BridgeContext, Moment
+from shim.bridge.outbox import DRAINED, REASONS, Outbox, Rejection, Rejections
 from shim.core.command_queue import Batch, CommandQueue, OpenUntil, QueuedCommand, QueuePolicy
 from shim.core.records import (
     VIA_HTTP,
-    CloseOutbox,
     CommandRecord,
     CommandState,
     LookUpCommand,
     PutCommand,
     PutOutcome,
-    PutResult,
-    ResultOutcome,
     SessionKey,
     TraceEntry,
 )
@@ -53,7 +49,6 @@ from shim.errors import StoreError
 from shim.log import get
 from shim.metrics import LabelledHistogram
 from shim.protocol.command_message import ParsedCommand
-from shim.protocol.rfc3339 import rfc3339
 
 log = get(__name__)
 
@@ -113,6 +108,7 @@ class CommandDelivery:
         self._rejections = rejections
         self._polls: dict[SessionKey, PendingPoll] = {}
         self.evidence = AwaitedEvidence(ctx.timers)
+        outbox.answered = self.answered
         self._numbers = count(1)
         self.hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
         self.closed = False
@@ -488,58 +484,6 @@ class CommandDelivery:
         self._queues.handle_uncertain(batch.key, uncertain, "no evidence", at.unix)
         self.try_offer(batch.key, at)
 
-    def move(self, source: SessionKey, target: SessionKey) -> None:
-        """Move the commands of the superseded session `source` to `target`."""
-        poll = self._polls.pop(source, None)
-        if poll is not None:
-            poll.answer(None)
-        at = self._ctx.moment()
-        self._queues.move(source, target, at)
-        self.try_offer(target, at)
-
-    # --- result: stored, sent, confirmed ------------------------------------------------------------------------------
-
-    async def post_result(
-        self, session: Session, command_id: str, body: dict[str, Any], at: Moment, *, online: bool
-    ) -> None:
-        """Store an agent's result and send it to the controller. Raises `StoreError`; the agent then posts it again.
-
-        `online` is True if the session's link is up: only then is the time until the result is sent observed.
-        """
-        ids = {"command_id": command_id, "cluster_id": session.upstream_cluster_id, "agent_id": session.agent_id}
-        payload = {**ids, **body}
-        payload.setdefault("timestamp", rfc3339(at.unix))
-        success = body.get("success") is True
-        step = self._ctx.step(session.key, (command_id,), at.unix, "result", "success" if success else "failure")
-        stored: asyncio.Future[StoreError | None] = asyncio.get_running_loop().create_future()
-        done = partial(self._result_stored, session, command_id, success, at.now if online else None, stored)
-        self._ctx.store.submit(PutResult(session.key, command_id, payload, at.unix), step, done=done)
-        error = await stored
-        if error is not None:
-            self._ctx.refused_bytes = max(self._ctx.refused_bytes, len(msgspec.json.encode(payload)))
-            raise error
-
-    def _result_stored(
-        self,
-        session: Session,
-        command_id: str,
-        success: bool,
-        posted_at: float | None,
-        stored: asyncio.Future[StoreError | None],
-        outcome: ResultOutcome | StoreError,
-    ) -> None:
-        """Answer the agent, and send a result that was just stored, even if its agent has hung up meanwhile."""
-        # First, so that a defect in what follows does not keep the agent waiting: the result is on disk.
-        resolve(stored, outcome if isinstance(outcome, StoreError) else None)
-        if not isinstance(outcome, StoreError):
-            key = self._ctx.sessions.home_of(session)  # the session may have been superseded during the write
-            kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
-            self._ctx.metrics.results.labels(kind, "true" if success else "false").inc()
-            log.info("result_stored", command=command_id, session=key.ident, known=outcome.known)
-            if outcome.entry is not None:
-                self._outbox.added(replace(outcome.entry, session=key), posted_at)
-            self.answered(key, command_id)
-
     def answered(self, key: SessionKey, command_id: str) -> None:
         """Mark a command as answered, and all commands of the same reply as delivered."""
         self._queues.answered(key, command_id)
@@ -551,20 +495,11 @@ class CommandDelivery:
                 self.evidence.settle(offer)
             self.try_offer(key, at)
 
-    def results_confirmed(self, seqs: tuple[int, ...]) -> None:
-        """Close the results that the controller has received."""
-        closing = self._outbox.take_confirmed(seqs)
-        if closing:
-            wall = self._ctx.clock.wall_s()
-            steps = [self._ctx.step(each.session, (each.command_id,), wall, "closed") for each in closing.values()]
-            done = partial(self._closed, closing)
-            self._ctx.store.submit(CloseOutbox(tuple(closing), wall), *steps, done=done)
-
-    def _closed(self, closing: dict[int, OutboxRecord], outcome: StoreError | None) -> None:
-        if outcome is not None:
-            self._outbox.keep(closing)
-            return
-        self._outbox.forget(closing)
-        for each in closing.values():
-            self._queues.count("closed")
-            log.info("result_closed", command=each.command_id, session=each.session.ident)
+    def move(self, source: SessionKey, target: SessionKey) -> None:
+        """Move the commands of the superseded session `source` to `target`."""
+        poll = self._polls.pop(source, None)
+        if poll is not None:
+            poll.answer(None)
+        at = self._ctx.moment()
+        self._queues.move(source, target, at)
+        self.try_offer(target, at)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from shim.bridge.context import BridgeContext
-from shim.bridge.delivery import CommandDelivery
 from shim.bridge.gateway_redirect import (
     GatewayClosed,
     GatewayConnection,
@@ -57,7 +56,6 @@ class EventHandlers(msgspec.Struct, frozen=True):
     gateways: GatewayConnections
     registrations: Registrations
     session_registry: SessionRegistry
-    delivery: CommandDelivery
     outbox: Outbox
     heartbeats: HeartbeatForwarder
 
@@ -109,7 +107,7 @@ class EventHandlers(msgspec.Struct, frozen=True):
 
     def results_confirmed(self, event: ResultsConfirmed) -> None:
         """Close the results, so that they are not sent again on the next connection."""
-        self.delivery.results_confirmed(event.seqs)
+        self.outbox.confirmed(event.seqs)
 
     def link_lost(self, event: LinkLost) -> None:
         """Keep the registrations and results that were waiting for a reply on the connection for the next one."""

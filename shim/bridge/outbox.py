@@ -1,4 +1,4 @@
-"""The outbox: command results on their way to the controller, stored until the controller has received them.
+"""The outbox: command results on their way from the agent to the controller, stored until it has received them.
 
 Results are sent in order, and sent again on the next connection until they are confirmed. See
 docs/reference/protocol.md#3-commands.
@@ -6,6 +6,7 @@ docs/reference/protocol.md#3-commands.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,11 +14,21 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
-from shim.bridge.context import ENVELOPE_BYTES, BridgeContext
+from shim.bridge.context import ENVELOPE_BYTES, BridgeContext, Moment, resolve
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core.bounds import MAX_ID_BYTES, MAX_LOGGED_CHARS, cut
-from shim.core.records import AddTrace, OutboxEntry, PutOutbox, ReadOutbox, SessionKey
+from shim.core.records import (
+    AddTrace,
+    CloseOutbox,
+    OutboxEntry,
+    PutOutbox,
+    PutResult,
+    ReadOutbox,
+    ResultOutcome,
+    SessionKey,
+)
 from shim.core.sessions import Session
 from shim.errors import StoreError
 from shim.log import get
@@ -69,7 +80,10 @@ class Outbox:
     """All unconfirmed `command_result` messages.
 
     Only the numbers of stored results are kept in memory; the payloads are read from disk when they are sent.
+    `CommandDelivery` sets `answered`, which is called for each result that was stored: it is evidence of delivery.
     """
+
+    answered: Callable[[SessionKey, str], None]
 
     def __init__(self, ctx: BridgeContext, route: Route) -> None:
         self._ctx = ctx
@@ -103,6 +117,47 @@ class Outbox:
         unpersisted = any(each.sent_on == 0 and each.session.owner == owner for each in self._unpersisted.values())
         stored = any(e.sent_on == 0 and e.session.owner == owner for e in self._entries.values())
         return owner in self._unread or unpersisted or stored
+
+    async def post_result(
+        self, session: Session, command_id: str, body: dict[str, Any], at: Moment, *, online: bool
+    ) -> None:
+        """Store an agent's result and send it to the controller. Raises `StoreError`; the agent then posts it again.
+
+        `online` is True if the session's link is up: only then is the time until the result is sent observed.
+        """
+        ids = {"command_id": command_id, "cluster_id": session.upstream_cluster_id, "agent_id": session.agent_id}
+        payload = {**ids, **body}
+        payload.setdefault("timestamp", rfc3339(at.unix))
+        success = body.get("success") is True
+        step = self._ctx.step(session.key, (command_id,), at.unix, "result", "success" if success else "failure")
+        stored: asyncio.Future[StoreError | None] = asyncio.get_running_loop().create_future()
+        done = partial(self._result_stored, session, command_id, success, at.now if online else None, stored)
+        self._ctx.store.submit(PutResult(session.key, command_id, payload, at.unix), step, done=done)
+        error = await stored
+        if error is not None:
+            self._ctx.refused_bytes = max(self._ctx.refused_bytes, len(msgspec.json.encode(payload)))
+            raise error
+
+    def _result_stored(
+        self,
+        session: Session,
+        command_id: str,
+        success: bool,
+        posted_at: float | None,
+        stored: asyncio.Future[StoreError | None],
+        outcome: ResultOutcome | StoreError,
+    ) -> None:
+        """Answer the agent, and send a result that was just stored, even if its agent has hung up meanwhile."""
+        # First, so that a defect in what follows does not keep the agent waiting: the result is on disk.
+        resolve(stored, outcome if isinstance(outcome, StoreError) else None)
+        if not isinstance(outcome, StoreError):
+            key = self._ctx.sessions.home_of(session)  # the session may have been superseded during the write
+            kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
+            self._ctx.metrics.results.labels(kind, "true" if success else "false").inc()
+            log.info("result_stored", command=command_id, session=key.ident, known=outcome.known)
+            if outcome.entry is not None:
+                self.added(replace(outcome.entry, session=key), posted_at)
+            self.answered(key, command_id)
 
     def added(self, entry: OutboxEntry, posted_at: float | None = None) -> None:
         """Send a result that was just stored, unless a read of the outbox is under way that will reach it.
@@ -139,11 +194,8 @@ class Outbox:
         self._reading[owner] = after
         self._read(owner)
 
-    def take_confirmed(self, seqs: tuple[int, ...]) -> dict[int, OutboxRecord]:
-        """Return the results that the controller has received, to be closed in the store.
-
-        Call `forget` once they are closed, `keep` if the store failed.
-        """
+    def confirmed(self, seqs: tuple[int, ...]) -> None:
+        """Close the results that the controller has received."""
         closing: dict[int, OutboxRecord] = {}
         for seq in seqs:
             self._unpersisted.pop(seq, None)
@@ -155,17 +207,21 @@ class Outbox:
         self._closing.update(closing)
         for owner, after in list(self._blocked.items()):
             self._start_reading(owner, after)
-        return closing
+        if closing:
+            wall = self._ctx.clock.wall_s()
+            steps = [self._ctx.step(each.session, (each.command_id,), wall, "closed") for each in closing.values()]
+            done = partial(self._closed, closing)
+            self._ctx.store.submit(CloseOutbox(tuple(closing), wall), *steps, done=done)
 
-    def forget(self, closed: dict[int, OutboxRecord]) -> None:
-        """Remove results that the store has closed."""
-        self._closing.difference_update(closed)
-
-    def keep(self, closing: dict[int, OutboxRecord]) -> None:
-        """Keep results that are still stored. They are sent after the next connect: a result is accepted twice."""
+    def _closed(self, closing: dict[int, OutboxRecord], outcome: StoreError | None) -> None:
+        """Forget results that the store has closed. If it failed, they are sent again after the next connect."""
         self._closing.difference_update(closing)
         for seq, entry in closing.items():
-            self._add(seq, entry)
+            if outcome is not None:
+                self._add(seq, entry)  # a result is accepted twice
+            else:
+                self._ctx.metrics.commands.labels("closed").inc()
+                log.info("result_closed", command=entry.command_id, session=entry.session.ident)
 
     def resend(self, key: SessionKey, command_id: str, request_id: str, payload: dict[str, Any]) -> None:
         """Send a stored result again, because the controller sent its command again."""
