@@ -1,7 +1,8 @@
-"""The command queues of all sessions: state transitions, final states, expiry, and offers that await evidence."""
+"""The command queues of all sessions: transitions, final states, expiry; waiting polls, and offers without evidence."""
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -362,6 +363,27 @@ def unpolled_s(session: Session | None, queue: CommandQueue, now: float) -> floa
     if session is None or since is None or session.held:
         return 0.0
     return now - max(since, session.poll_at or 0.0)
+
+
+class PendingPoll:
+    """A poll that waits for its answer.
+
+    `offered` is resolved with a batch, or with None for an empty answer. `batch` is set while the offer is being
+    stored; it is the caller's once the poll has returned. `arrived_s` is the arrival in monotonic seconds.
+    """
+
+    __slots__ = ("arrived_s", "batch", "connection", "offered")
+
+    def __init__(self, connection: int, arrived_s: float) -> None:
+        self.connection = connection
+        self.arrived_s = arrived_s
+        self.offered: asyncio.Future[Batch | None] = asyncio.get_running_loop().create_future()
+        self.batch: Batch | None = None
+
+    def answer(self, batch: Batch | None) -> None:
+        """Resolve the poll; do nothing if it is resolved already."""
+        if not self.offered.done():
+            self.offered.set_result(batch)
 
 
 class AwaitedEvidence:

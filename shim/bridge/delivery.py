@@ -21,7 +21,6 @@ evidence: the next request on the connection, a later poll, or a result.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from itertools import count, groupby
 import msgspec
 from msgspec.structs import replace
 
-from shim.bridge.command_queues import AwaitedEvidence, CommandQueues
+from shim.bridge.command_queues import AwaitedEvidence, CommandQueues, PendingPoll
 from shim.bridge.context import BridgeContext, Moment
 from shim.bridge.outbox import DRAINED, REASONS, Outbox, Rejection, Rejections
 from shim.core.command_queue import Batch, CommandQueue, OpenUntil, QueuedCommand, QueuePolicy
@@ -66,27 +65,6 @@ class _Arrival(msgspec.Struct):
     at: float
     settled: Callable[[bool], None]
     offer: tuple[PendingPoll, TraceEntry] | None = None
-
-
-class PendingPoll:
-    """A poll that waits for its answer.
-
-    `offered` is resolved with a batch, or with None for an empty answer. `batch` is set while the offer is being
-    stored; it is the caller's once the poll has returned. `arrived_s` is the arrival in monotonic seconds.
-    """
-
-    __slots__ = ("arrived_s", "batch", "connection", "offered")
-
-    def __init__(self, connection: int, arrived_s: float) -> None:
-        self.connection = connection
-        self.arrived_s = arrived_s
-        self.offered: asyncio.Future[Batch | None] = asyncio.get_running_loop().create_future()
-        self.batch: Batch | None = None
-
-    def answer(self, batch: Batch | None) -> None:
-        """Resolve the poll; do nothing if it is resolved already."""
-        if not self.offered.done():
-            self.offered.set_result(batch)
 
 
 def _attempt(offered: QueuedCommand) -> str:
