@@ -117,12 +117,11 @@ def measure(bench: Bench, log: Log) -> list[Figure]:
             plain: list[float] = []
             found: dict[tuple[str, bool], list[float]] = defaultdict(list)
             for _ in range(bench.pick(ROUNDS, 1)):
-                url = server.create()
-                path = Path(tempfile.mkdtemp(dir=bench.folder)) / "shim.db"
-                plain.append(bare(url, records, outstanding))
+                plain.append(bare(server.create(), records, outstanding))
                 for held in (True, False):
+                    path = Path(tempfile.mkdtemp(dir=bench.folder)) / "shim.db"
                     for name, made in (
-                        ("postgresql", partial(postgres.store, url)),
+                        ("postgresql", partial(postgres.store, server.create())),
                         ("sqlite", partial(SqliteStore, path)),
                     ):
                         found[name, held].append(through_store(made, records, outstanding, held=held))
