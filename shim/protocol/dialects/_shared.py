@@ -301,9 +301,10 @@ def _known(body: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     if not _NAME_KEYS.isdisjoint(body) and (name := _name(body)):
         found["name"] = name
     for source in (metadata, body):
-        versions = () if _VERSION_KEYS.isdisjoint(source) else (source.get("agent_version"), source.get("version"))
-        if version := next(filter(None, map(word, versions)), ""):
-            found["agent_version"] = version
+        if not _VERSION_KEYS.isdisjoint(source):
+            version = word(source.get("agent_version", "")) or word(source.get("version", ""))
+            if version:
+                found["agent_version"] = version
         if not _ANY_HOST_KEY.isdisjoint(source):
             found |= {key: value for key in _HOST_KEYS if (value := word(source.get(key)))}
     return found
