@@ -99,6 +99,7 @@ class App:
             until_tick_s=self._clock.until_tick_s,
         )
         self._reloader.changed(settings.upstream.token_file)
+        self._announced_token = self._present_token()
         self._runtime: Runtime | None = None
 
     async def run(self) -> int:
@@ -393,6 +394,13 @@ class App:
         self._logging.redaction.add(token)
         return token
 
+    def _present_token(self) -> str:
+        """Return the token that the links would use now, or an empty string if there is none."""
+        try:
+            return loader.read_token(self.settings)
+        except ConfigError:
+            return ""
+
     def _token_for_agents(self) -> str:
         """Return the Bearer token that agents must send if `listen.auth` requires one.
 
@@ -401,16 +409,19 @@ class App:
         return self._token or self._read_token()
 
     def _token_changed(self) -> None:
-        """Dial again if the file has another token: a link that works outlives a file without one."""
+        """Dial again if the file has another token: a link that works outlives a file without one.
+
+        Each dial and each call with `fallback.use_upstream_token` reads the file, too, so `_token` may be new already.
+        """
         if self._runtime is None:
             return
-        before = self._token
         try:
-            changed = self._read_token() != before
+            token = self._read_token()
         except ConfigError as error:
             log.error("token_unreadable", error=str(error))
             return
-        if changed:
+        if token != self._announced_token:
+            self._announced_token = token
             log.info("token_changed")
             self._runtime.token_changed()
 
@@ -441,6 +452,7 @@ class App:
             self._runtime.reload(self.settings)
             if old.upstream != self.settings.upstream:
                 self._token = ""
+                self._announced_token = self._present_token()
                 self._runtime.token_changed()
         ignored = loader.needs_restart(self.settings, fresh)
         log.info("config_reloaded", mode=self.settings.mode, needs_restart=ignored)

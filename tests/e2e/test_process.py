@@ -168,6 +168,27 @@ async def test_a_link_outlives_a_token_file_without_a_token_and_one_that_was_onl
         assert states.count("online") == 1
 
 
+async def test_a_link_gets_the_new_token_although_a_call_by_http_has_read_the_file_before(
+    tmp_path: Path, http: aiohttp.ClientSession
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("tok-that-is-wrong")
+    config = {
+        "upstream": {"token": "", "token_file": str(token)},
+        "fallback": {"use_upstream_token": True},
+        "rollout": {"exclude": ["by-http"]},
+    }
+    async with world(tmp_path, config) as (shim, _):
+        await shim.start()
+        await shim.event("token_refused")
+        token.write_text(TOKEN)
+        by_http = {"agent_id": "agent-2", "name": "by-http"}
+        async with http.post(f"{shim.url}/api/v1/clusters/agent/register", json=by_http) as response:
+            assert response.status == 200
+        await shim.event("token_changed")
+        await shim.event("link_state", state="online")
+
+
 async def test_bad_input_gets_json_and_hurts_nobody(tmp_path: Path, http: aiohttp.ClientSession) -> None:
     async with world(tmp_path) as (shim, _):
         await shim.start()
