@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,9 @@ class _Group(click.Group):
 def _failures_exit_64() -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:  # click would exit with 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer, which Python writes at its end
+        raise click.exceptions.Exit(EXIT_USAGE) from None
     except (click.ClickException, OSError) as error:  # `shim.cli.main` and click read the code
         vars(error)["exit_code"] = EXIT_USAGE
         raise

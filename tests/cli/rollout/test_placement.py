@@ -182,6 +182,16 @@ def test_a_verdict_that_cannot_be_written_is_none(tmp_path: Path) -> None:
         assert (code, err) == (64, "Error: the output cannot be written: No space left on device\n")
 
 
+def test_a_verdict_whose_reader_has_gone_is_none(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("one http://127.0.0.1:1\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "shim", "rollout", "report", "--urls", str(tmp_path / "one")]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (64, b"")
+
+
 @pytest.mark.parametrize("part", ["report", "step"])
 def test_an_interrupted_report_has_no_verdict(part: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
