@@ -54,8 +54,8 @@ def by_contexts(contexts: Iterable[str], terms: Terms) -> list[Access]:
 
 def by_kubeconfigs(pattern: str, terms: Terms) -> list[Access]:
     """Return the access by the current context of each file that matches, named after the file."""
-    # `Path.glob` raises errors of many types for patterns that it does not accept.
-    found = glob.glob(os.path.expanduser(pattern), recursive=True, include_hidden=True)  # noqa: PTH111, PTH207
+    path = os.path.expanduser(pattern)  # noqa: PTH111 - an unknown user is an error for `Path`
+    found = glob.glob(path, recursive=True, include_hidden=True)  # noqa: PTH207 - many patterns are errors for `Path`
     paths = sorted(Path(each).absolute() for each in found)
     stems = [path.stem for path in paths]
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
