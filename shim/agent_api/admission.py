@@ -66,11 +66,17 @@ def is_handshake(message: RawRequestMessage) -> bool:
 
 
 def token_of(message: RawRequestMessage) -> str:
-    """Return the token in the header or else in the query of a handshake, or an empty string."""
+    """Return the token in the header or else in the query of a handshake, or an empty string.
+
+    Raises `AgentError` 400 for a query that is malformed or has too many fields.
+    """
     found = bearer(message.headers.get(hdrs.AUTHORIZATION) or "")
     if found:
         return found
-    query = parse_qs(urlsplit(message.path).query, encoding="utf-8", errors="surrogateescape", max_num_fields=64)
+    try:
+        query = parse_qs(urlsplit(message.path).query, encoding="utf-8", errors="surrogateescape", max_num_fields=64)
+    except ValueError:
+        raise AgentError(400, "malformed query") from None
     return query.get("token", [""])[0]
 
 

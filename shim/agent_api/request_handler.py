@@ -205,7 +205,7 @@ class RequestHandler:
             except ConfigError:  # the log says why, for the link cannot be dialled either
                 raise AgentError(503, "the shim cannot read its own token", retry_after_s=TOKEN_RETRY_AFTER_S) from None
             # While the upstream token is not available yet it is empty, and must not equal the empty token of a call.
-            if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
+            if not expected or not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), expected.encode()):
                 raise AgentError(401, "the token is not accepted")
 
     def _serve(self, request: RequestContext, admitted: Admitted) -> Reply | Waiting:

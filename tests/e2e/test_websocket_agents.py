@@ -117,6 +117,16 @@ async def test_the_legacy_session_of_the_same_identity_is_gone_as_soon_as_it_reg
         assert status["websocket_agents"]["total"] == 1
 
 
+async def test_a_handshake_whose_query_cannot_be_read_is_refused_and_is_no_defect(tmp_path: Path) -> None:
+    async with world(tmp_path, {**FAST, "listen": {"auth": "required"}}) as (shim, _):
+        await shim.start()
+        for query, status in (("token=%FF", 401), (f"token={TOKEN}" + "&a=1" * 100, 400)):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(f"{ws_url(shim)}?{query}")
+            assert refused.value.response.status_code == status
+        assert "defect" not in "\n".join(shim.lines)
+
+
 async def test_a_refused_token_and_an_absent_controller_are_told_as_they_are(tmp_path: Path) -> None:
     async with world(tmp_path, FAST) as (shim, controller):
         await shim.start()
