@@ -257,8 +257,8 @@ class CommandQueue:
         return self.offer is None and bool(self._order)
 
     def is_idle(self) -> bool:
-        """Return True if the queue is empty and no command for it is being stored."""
-        return not self._by_id and not self._reserved
+        """Return True if the queue is empty, no offer is without evidence, and no command is being stored."""
+        return not self._by_id and self.offer is None and not self._reserved
 
     def room_for(self, size_bytes: int, policy: QueuePolicy) -> bool:
         """Return True if the bounds allow one more command of this size."""

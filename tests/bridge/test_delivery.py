@@ -276,6 +276,24 @@ async def test_a_command_for_a_held_poll_costs_one_write(
     assert await world.state("k1") == "delivered"
 
 
+async def test_a_command_behind_an_offer_without_evidence_is_not_stored_as_offered(make_world: MakeWorld) -> None:
+    """The offer's only command has its result, but the command was in two replies: the result may follow the first."""
+    world = await make_world(poll={"hold": 20})
+    agent = await given(world, "k1")
+    assert [command.id for command in await agent.poll_unwritten()] == ["k1"]
+    assert await agent.poll() == ["k1"]
+    await world.agent(cluster_id=agent.cluster_id).result("k1")
+    agent.reconnect(clean=False)
+    held = agent.poll_task()
+    await world.pass_s(1)
+    world.controller.push("k2")
+    await world.settle()
+    assert not held.done(), "no newer command is offered before the evidence is due"
+    [(record, _, trace)] = await world.store.find("k2")
+    assert (record.state, record.attempts) == (CommandState.QUEUED, 0)
+    assert [step.event for step in trace] == ["arrived"]
+
+
 async def test_each_offer_of_many_held_polls_has_a_time_limit_of_its_own(make_world: MakeWorld) -> None:
     world = await make_world(poll={"hold": 20})
     agents = [await living(world), await living(world, cluster_id="c-2", agent_id="pod-2", name="other")]
