@@ -179,6 +179,8 @@ class CommandDelivery:
         """Queue a command that an operator has queued again in the store, and offer it if a poll is held."""
         queued = self._queues.add_stored(session, record, at.now + record.expires_unix - at.unix, at.now)
         if queued is not None:
+            # An earlier reply contained the command: its late result must not be evidence for the whole next reply.
+            queued.replies = 1
             self._offer_or_end(queued.record.session, at)
 
     def _offer_or_end(self, key: SessionKey, at: Moment) -> None:

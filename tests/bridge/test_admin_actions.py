@@ -258,6 +258,25 @@ async def test_what_is_redelivered_while_its_agent_gets_another_cluster_id_goes_
     assert await agent.poll() == ["k1"]
 
 
+async def test_a_late_result_of_what_is_redelivered_is_no_evidence_for_what_comes_with_it(world: World) -> None:
+    agent = await polling(world)
+    world.controller.push("k1", cluster_id=agent.cluster_id)
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+    await agent.heartbeat()
+    await world.settle()
+    await world.bridge.admin_actions.redeliver("k1")
+    world.controller.push("k2", cluster_id=agent.cluster_id)
+    await world.settle()
+    assert await agent.poll() == ["k1", "k2"]
+    agent.reconnect(clean=False)  # it has not read the reply
+    await world.agent(cluster_id=agent.cluster_id).result("k1")
+    await world.settle()
+    assert (await world.state("k1"), await world.state("k2")) == ("answered", "offered")
+    await agent.live(61)
+    assert await agent.poll() == ["k2"]
+
+
 async def test_what_is_redelivered_while_its_agent_is_forgotten_ends(world: World) -> None:
     agent = await polling(world, "k1")
     assert await agent.poll() == ["k1"]
