@@ -6,6 +6,7 @@ import asyncio
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -62,6 +63,8 @@ class CommandQueues:
         self._scheduled = 0
         self._timer_at: float | None = None
         self._unstored: dict[tuple[SessionKey, str], _FinalState | MarkCommands] = {}
+        self._homes: dict[int, SessionKey] = {}  # by the number of a write that is under way
+        self._numbers = count(1)
         self._wall_offset_s = 0.0
         self.unpolled: set[SessionKey] = set()
 
@@ -121,6 +124,7 @@ class CommandQueues:
         for key, command_id in [name for name in self._unstored if name[0] == source]:
             unstored = self._unstored.pop((key, command_id))
             self._unstored[target, command_id] = replace(unstored, session=target)
+        self._homes.update({number: target for number, key in self._homes.items() if key == source})
         queue = self._queues.pop(source, None)
         if queue is None:
             return
@@ -153,18 +157,26 @@ class CommandQueues:
     def store_mark(self, mark: MarkCommands) -> None:
         """Store a change of commands. One by which they leave the queue is repeated until it is stored."""
         leaves = mark.state in (CommandState.DELIVERED, CommandState.CLOSED)
-        self._ctx.store.submit(mark, done=partial(self._mark_stored, mark) if leaves else None)
+        done = partial(self._mark_stored, self._write(mark.session), mark) if leaves else None
+        self._ctx.store.submit(mark, done=done)
 
-    def _mark_stored(self, mark: MarkCommands, outcome: StoreError | None) -> None:
+    def _write(self, key: SessionKey) -> int:
+        """Return the number of a write for a session, which may be superseded before the store answers."""
+        number = next(self._numbers)
+        self._homes[number] = key
+        return number
+
+    def _mark_stored(self, number: int, mark: MarkCommands, outcome: StoreError | None) -> None:
         """Keep the change of commands that have left the queue if the store refused it, until a retry succeeds.
 
         Otherwise a restart would offer the commands again.
         """
+        key = self._homes.pop(number)
         if outcome is None:
             self._retry()
             return
         for command_id in mark.ids:
-            self._unstored[mark.session, command_id] = replace(mark, ids=(command_id,))
+            self._unstored[key, command_id] = replace(mark, session=key, ids=(command_id,))
 
     def handle_uncertain(self, key: SessionKey, outcome: UncertainOutcome, reason: str, wall: float) -> None:
         """Record commands without evidence of delivery: some will be offered again, the others end as DEAD."""
@@ -200,37 +212,46 @@ class CommandQueues:
         report = self._outbox.failure_payload(session, record.id, wall, code=ending.code, error=ending.error)
         mark = self._ctx.mark(key, ids, ending.state, wall, ending.state.value, ending.error)
         self._ctx.arriving.add(0)
+        number = self._write(key)
         if record.via == VIA_HTTP:  # the vendor's HTTP API has no way to receive a report
-            self._ctx.store.submit(mark, done=partial(self._final_state_stored, ending, None))
+            self._ctx.store.submit(mark, done=partial(self._final_state_stored, number, ending, None))
         else:
             reported = self._ctx.step(key, ids, wall, "reported", ending.code)
             put = PutOutbox(key, record.id, record.request_id, report)
-            done = partial(self._final_state_stored, ending, None if again else report)
+            done = partial(self._final_state_stored, number, ending, None if again else report)
             self._ctx.store.submit(put, mark, reported, done=done)
 
     def _final_state_stored(
-        self, ending: _FinalState, report: dict[str, Any] | None, outcome: OutboxEntry | StoreError | None
+        self, number: int, ending: _FinalState, report: dict[str, Any] | None, outcome: OutboxEntry | StoreError | None
     ) -> None:
         """Send the report. If the store failed, keep the final state, and send `report` unless it is None."""
         self._ctx.arriving.remove(0)
+        key = self._homes.pop(number)
         if isinstance(outcome, StoreError):
-            self._unstored[ending.session, ending.record.id] = ending
+            self._unstored[key, ending.record.id] = replace(ending, session=key)
             if report is not None:
                 # The report is not kept in memory: the successful retry sends it again, from disk.
-                self._outbox.send_unpersisted(ending.session, ending.record.request_id, report, again=False)
+                self._outbox.send_unpersisted(key, ending.record.request_id, report, again=False)
             return
         if outcome is not None:
-            self._outbox.added(outcome)
+            self._outbox.added(replace(outcome, session=key))
         self._retry()
 
     def _retry(self) -> None:
-        """Retry one change that the store refused; its success triggers the next retry."""
-        if self._unstored:
+        """Retry one change that the store refused; its success triggers the next retry.
+
+        While a session's move is not stored, the commands have their former session in the store: retry afterwards.
+        """
+        if self._unstored and not self._ctx.unstored_moves:
             unstored = self._unstored.pop(next(iter(self._unstored)))
             if isinstance(unstored, MarkCommands):
                 self.store_mark(unstored)
             else:
                 self._store(unstored, again=True)
+
+    def is_live(self, key: SessionKey, command_id: str) -> bool:
+        """Return True if a restart could offer a command again: it waits, or its end could not be stored yet."""
+        return self._held(key, command_id) or (key, command_id) in self._unstored
 
     def answered(self, key: SessionKey, command_id: str) -> None:
         """Drop an unstored change of a command whose result is stored: the result takes precedence."""

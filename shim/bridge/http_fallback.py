@@ -197,7 +197,11 @@ class HttpFallbackBridge:
         """Close a command whose result the vendor's HTTP API has accepted."""
         key, wall = self._key(caller, call), self._ctx.clock.wall_s()
         ids = (call.command_id,)
-        self._queues.store_mark(self._ctx.mark(key, ids, CommandState.CLOSED, wall, "closed", "by HTTP"))
+        mark = self._ctx.mark(key, ids, CommandState.CLOSED, wall, "closed", "by HTTP")
+        if self._queues.is_live(key, call.command_id):
+            self._queues.store_mark(mark)
+        else:  # most were never stored: what a full disk refuses of them must not pile up in memory
+            self._ctx.store.submit(mark)
         self._delivery.answered(key, call.command_id)
 
     def _key(self, caller: Caller, call: ResultCall) -> SessionKey:

@@ -408,6 +408,7 @@ class SessionRegistry:
             self._ctx.sessions.remove(session)
             if successor.tunnel is None and session.tunnel is not None:
                 self._ctx.sessions.keep_tunnel(successor, session.tunnel, session.tunnel_bytes + FREE_KEPT_BYTES)
+            self._ctx.unstored_moves += 1
             self._store_move(MoveSession(session.key, target))
             self._moved(session.key, target)
 
@@ -421,6 +422,8 @@ class SessionRegistry:
     def _move_stored(self, move: MoveSession, outcome: StoreError | None) -> None:
         if outcome is not None:
             self._pending_moves.append(move)
+        else:
+            self._ctx.unstored_moves -= 1
 
     # --- sessions that end --------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from shim.core.agent_calls import PollCall, RegisterCall, ResultCall
+from shim.core.records import MarkCommands
 from shim.fallback import FallbackPolicy
 from shim.ports import Caller, ProxyRequest, ProxyResponse
 from tests.bridge.conftest import MakeWorld, given, living
@@ -94,6 +95,20 @@ async def test_what_ended_by_http_while_the_disk_was_full_does_not_come_again(wo
     world.store.heal()
     await agent.live(10)
     assert await world.state("k1") == "closed"
+
+
+async def test_results_of_commands_that_were_never_stored_do_not_pile_up_while_the_disk_is_full(world: World) -> None:
+    agent = await living(world)
+    world.store.fail()
+    before = len(world.store.log)
+    for number in range(100):
+        call = ResultCall(agent.dialect, agent.target, f"k{number}", {"success": True})
+        world.bridge.http_fallback.result_taken(Caller(agent.token, agent.connection), call)
+    await world.settle()
+    world.store.heal()
+    await agent.live(20)
+    steps = [each for each in world.store.log[before:] if isinstance(each, MarkCommands)]
+    assert not steps, "they were not kept for a retry"
 
 
 class AnsweredAtOnce(FallbackPolicy):

@@ -156,6 +156,42 @@ async def test_a_delivery_that_the_disk_refused_moves_with_its_session(world: Wo
     ]
 
 
+@pytest.mark.parametrize("ends", ["delivered", "dead"])
+@pytest.mark.parametrize("move_is_refused", [True, False])
+async def test_an_end_that_the_disk_refuses_during_a_move_is_stored_for_the_successor(
+    world: World, ends: str, move_is_refused: bool
+) -> None:
+    agent = await given(world, "k1", "k2")
+    former = agent.cluster_id
+    if ends == "delivered":
+        assert await agent.poll() == ["k1", "k2"]
+    world.store.slow = True
+    world.store.fail()
+    if ends == "delivered":
+        await agent.heartbeat()
+    else:
+        purging = world.loop.create_task(world.bridge.admin_actions.purge("k1"))
+    await world.settle()
+    world.store.failing = lambda operations: move_is_refused and isinstance(operations[0], MoveSession)
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    await agent.register()
+    await world.until(lambda: [each.key.ident for each in world.bridge.ctx.sessions] == ["c-new"])
+    assert former != agent.cluster_id == "c-new"
+    world.store.catch_up()
+    await world.settle()
+    world.controller.push("k3")
+    await world.settle()
+    assert "k3" in await agent.poll(), "a change that is stored meanwhile"
+    await agent.heartbeat()
+    world.store.heal()
+    await agent.live(20)
+    found = [(record.session.ident, record.state.value) for record, _, _ in await world.store.find("k1")]
+    assert found == [("c-new", ends)]
+    if ends == "dead":
+        await asyncio.gather(purging, return_exceptions=True)
+    assert world.bridge.ctx.unstored_moves == 0
+
+
 async def test_what_must_not_be_repeated_is_not_offered_without_a_record(make_world: MakeWorld) -> None:
     world = await make_world(commands={"at_most_once": ["once"]})
     agent = await living(world)
