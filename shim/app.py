@@ -241,6 +241,7 @@ class App:
             metrics=self._metrics,
             upstream=self.wrap_upstream(upstream),
             read_token=self._read_token,
+            token_for_agents=self._token_for_agents,
             on_store_corrupt=self._store_broken,
             redaction=self._logging.redaction,
             **self._telemetry(),

@@ -35,6 +35,7 @@ from shim.upstream.dialler import Spawn
 class RuntimeContext(msgspec.Struct, frozen=True):
     """Dependencies of a runtime. `on_store_corrupt` stops the process after the store was found corrupt.
 
+    `read_token` returns the upstream token for a dial, `token_for_agents` the one that agents must send.
     `spawn` runs a service, whose failure ends the process, and `spawn_isolated` what serves one connection or one call.
     `note_step` is called with each step in the trace of commands: session, commands, and what happened.
     """
@@ -50,6 +51,7 @@ class RuntimeContext(msgspec.Struct, frozen=True):
     metrics: Metrics
     upstream: UpstreamPort
     read_token: Callable[[], str]
+    token_for_agents: Callable[[], str]
     on_store_corrupt: Callable[[StoreError], None]
     redaction: Redaction = msgspec.field(default_factory=Redaction)
     note_step: NoteStep | None = None

@@ -179,7 +179,7 @@ class Replica:
             Backends(self.agent_service, self.evidence, self.fallback),
             load(),
             context.metrics,
-            token=None if settings.upstream.own_tokens else context.read_token,
+            token=None if settings.upstream.own_tokens else context.token_for_agents,
             static_headers=lambda: sunset,
             refused_calls=self._ctx.refused_calls,
             context=self._tls,

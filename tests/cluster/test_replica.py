@@ -14,7 +14,7 @@ import pytest
 
 from shim.cluster.replica import advertised
 from tests.support.processes import Shim, free_port
-from tests.support.replicas import gateway
+from tests.support.replicas import elsewhere, gateway, token
 
 
 @pytest.mark.needs("postgresql")
@@ -172,6 +172,27 @@ async def test_what_no_waiting_mends_ends_the_start_at_once(
         assert await shim.wait() == code
         assert said in shim.events("stopped_by_fault")[0]["error"]
         assert not shim.events("database_awaited")
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(180)
+async def test_an_empty_token_file_does_not_refuse_agents_whose_link_is_at_another_replica(
+    tmp_path: Path, pg_url: str
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(token(1))
+    async with gateway(tmp_path, pg_url, listen={"port": 0, "auth": "required"}) as gate:
+        gate.configure(upstream={"url": gate.controller.url, "token_file": str(file)})
+        replicas = await gate.add("first", "second")
+        await gate.settled(*replicas)
+        agent = gate.agent(1)
+        await agent.register(replicas[0])
+        _, other = await elsewhere(gate, agent)
+        assert await agent.heartbeat(other) == 204
+        file.write_text("")
+        for replica in replicas:
+            await replica.event("token_unreadable")
+        assert await agent.heartbeat(other) == 204
 
 
 @pytest.mark.needs("postgresql")
