@@ -39,6 +39,5 @@ def started(engine: Engine) -> Iterator[list[str]]:
     yield names
     for name in names:
         kind, _, rest = name.rpartition(":")
-        engine.podman(*(["pod"] if kind else []), "rm", "-f", "-t", "1", rest, check=False)
-    # A pod's ConfigMaps stay behind as volumes, and would be taken for those of the next.
-    engine.podman("volume", "prune", "-f")
+        # With its own volumes, and no others: tests in other processes have just made theirs.
+        engine.podman(*(["pod", "rm"] if kind else ["rm", "-v"]), "-f", "-t", "1", rest, check=False)

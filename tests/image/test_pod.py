@@ -69,9 +69,12 @@ class Pod:
         secrets = [each for each in (*vendors, admin) if each["kind"] == "Secret"]
         # A run that was killed leaves its pod in the tests' own storage, under this name.
         engine.podman("pod", "rm", "-f", "-t", "1", "pipeops-agent", check=False)
-        engine.podman("volume", "prune", "-f")
-        played = yaml.safe_dump_all(playable(pod, config_maps, secrets, image))
-        engine.podman("play", "kube", "--network=none", "--start=false", "-", stdin=played)
+        played = playable(pod, config_maps, secrets, image)
+        # A pod's ConfigMaps and directories stay behind as volumes, and would be taken for those of the next.
+        left = [each["metadata"]["name"] for each in played] + [each["name"] for each in pod["spec"]["volumes"]]
+        for name in left:
+            engine.podman("volume", "rm", "-f", name, check=False)
+        engine.podman("play", "kube", "--network=none", "--start=false", "-", stdin=yaml.safe_dump_all(played))
 
     def start(self, name: str) -> str:
         full = f"pipeops-agent-{name}"
