@@ -38,6 +38,9 @@ def started(engine: Engine) -> Iterator[list[str]]:
     names: list[str] = []
     yield names
     for name in names:
-        kind, _, rest = name.rpartition(":")
+        is_pod, _, rest = name.rpartition(":")
         # With its own volumes, and no others: tests in other processes have just made theirs.
-        engine.podman(*(["pod", "rm"] if kind else ["rm", "-v"]), "-f", "-t", "1", rest, check=False)
+        which = ["--filter", f"pod={rest}"] if is_pod else [rest]
+        engine.podman("rm", "-v", "-f", "-t", "1", *which, check=False)
+        if is_pod:
+            engine.podman("pod", "rm", "-f", rest, check=False)
