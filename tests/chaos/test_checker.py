@@ -194,6 +194,13 @@ def _heartbeats() -> Iterator[History]:
     yield "a held poll is life", held, set()
     young = [told, contact(1), beat(43)]
     yield "three gaps unknown: 45 s", young, set()
+    half = [ev.Contact(at + 0.01, "s", "heartbeat", "failed", float(at), 0) for at in (11, 16)]
+    yield (
+        "heartbeats that may never have arrived whole make no gap",
+        [told, contact(1), contact(6), *half, beat(59)],
+        set(),
+    )
+    yield "but not for ever", [told, contact(1), contact(6), *half, beat(75)], {"vouched"}
     restarted = [*living, shim(36, born=True), contact(37), beat(79)]
     yield "a shim that has just started knows no interval yet", restarted, set()
     pause = [ev.Fault(30, "paused", True), ev.Fault(50, "paused", False)]

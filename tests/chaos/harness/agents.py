@@ -329,10 +329,15 @@ class Part:
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(raw, exchange.pool.encode(exchange.request))
             wanted, got = self._rng.randint(1, 400), b""
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(25 / self._pace):
                     while len(got) < wanted and (more := await loop.sock_recv(raw, wanted - len(got))):
                         got += more
+            except asyncio.CancelledError:
+                self._take(got)  # a dying process that had read the whole reply has received it
+                raise
+            except TimeoutError:
+                pass
             body = self._whole_reply(got)
             return None if body is None else Response(200, {}, body, 0)
 

@@ -333,7 +333,9 @@ class _Vouchers:
 
         self._spans = sorted((contact.since, read_at(contact.since, contact.at)) for contact in contacts)
         self._ends = sorted([end for _, end in self._spans] + [read_at(death, death) for death in deaths])
-        self._beats = sorted(contact.since for contact in contacts if contact.what == "heartbeat")
+        beats = sorted((contact.since, contact.outcome) for contact in contacts if contact.what == "heartbeat")
+        # A heartbeat that failed may have arrived, or only half of it.
+        self._beats = [[since for since, _ in beats], [since for since, outcome in beats if outcome == "ok"]]
         self._shims = shims
         self._slack_s = slack_s
 
@@ -346,12 +348,14 @@ class _Vouchers:
         return index > 0 and at - self._ends[index - 1] <= self._fresh_for_s(at) + slack_s
 
     def _fresh_for_s(self, at: float) -> float:
-        """The bound as a shim that started last before `at` knows it."""
+        """The largest bound that a shim that started last before `at` may know."""
         born = max((start for start in self._shims if start <= at), default=0.0)
-        seen = self._beats[bisect_left(self._beats, born) : bisect_right(self._beats, at)]
-        gaps = [later - earlier for earlier, later in pairwise(seen)][-KEPT_GAPS:]
-        interval_s = median(gaps) if len(gaps) >= MIN_GAPS else DEFAULT_INTERVAL_S
-        return max(FRESH_FACTOR * interval_s, MIN_FRESH_S)
+        intervals_s = []
+        for beats in self._beats:
+            seen = beats[bisect_left(beats, born) : bisect_right(beats, at)]
+            gaps = [later - earlier for earlier, later in pairwise(seen)][-KEPT_GAPS:]
+            intervals_s.append(median(gaps) if len(gaps) >= MIN_GAPS else DEFAULT_INTERVAL_S)
+        return max(FRESH_FACTOR * max(intervals_s), MIN_FRESH_S)
 
 
 def vouched(found: Case) -> Iterator[Violation]:
