@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, StatusCode, set_span_in_context
 
 from shim import __version__
-from shim.core.records import CommandState, SessionKey, TraceEntry
+from shim.core.records import ARRIVED, CommandState, SessionKey, TraceEntry
 from shim.redaction import Redaction
 
 MAX_OPEN = 10_000
@@ -112,9 +112,9 @@ class Telemetry:
             "agent_shim.agent.kind": session.kind,
             "agent_shim.agent.id": self._redaction.text(session.ident, 256),
             # Of a command that arrived before the start of the process only the rest is seen.
-            "agent_shim.command.complete": entry.event == "arrived",
+            "agent_shim.command.complete": entry.event == ARRIVED,
         }
-        if entry.event == "arrived":
+        if entry.event == ARRIVED:
             attributes["agent_shim.command.type"] = self._redaction.text(entry.detail, 128)
         return self._tracer.start_span("command", Context(), attributes=attributes, start_time=at_ns)
 

@@ -138,21 +138,11 @@ class CommandQueues:
 
     # --- state transitions --------------------------------------------------------------------------------------------
 
-    def record_transition(
-        self,
-        key: SessionKey,
-        ids: tuple[str, ...],
-        state: CommandState,
-        wall: float,
-        event: str,
-        *,
-        detail: str,
-        attempts: int = 0,
-    ) -> None:
-        """Count, store and trace one transition of the given commands; do nothing without ids."""
-        if ids:
-            self.count(event, len(ids))
-            self.store_mark(self._ctx.mark(key, ids, state, wall, event, detail, attempts=attempts))
+    def record_transition(self, mark: MarkCommands) -> None:
+        """Count and store one transition of commands; do nothing without ids."""
+        if mark.ids:
+            self.count(mark.step.event, len(mark.ids))
+            self.store_mark(mark)
 
     def store_mark(self, mark: MarkCommands) -> None:
         """Store a change of commands. One by which they leave the queue is repeated until it is stored."""
@@ -183,7 +173,7 @@ class CommandQueues:
         again = tuple(queued.record.id for queued in outcome.again)
         if again:
             log.warning("commands_uncertain", session=key.ident, commands=len(again), reason=reason)
-            self.record_transition(key, again, CommandState.UNCERTAIN, wall, "uncertain", detail=reason)
+            self.record_transition(self._ctx.mark(key, again, CommandState.UNCERTAIN, wall, "uncertain", reason))
         for queued in outcome.dead:
             error = f"given up after {queued.attempts} offers: {reason}"
             self.finish(key, queued, CommandState.DEAD, "undeliverable", error)

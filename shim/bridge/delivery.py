@@ -202,9 +202,8 @@ class CommandDelivery:
             poll.batch = queue.take(next(self._numbers), poll.connection, poll.arrived_s, self._ctx.queue_policy)
             self._answer(poll, at.now, recorded=True)
         else:
-            self._queues.record_transition(
-                key, ids, CommandState.QUEUED, at.unix, "requeued", detail="not written", attempts=-1
-            )
+            back = self._ctx.mark(key, ids, CommandState.QUEUED, at.unix, "requeued", "not written", attempts=-1)
+            self._queues.record_transition(back)
 
     def _look_up(self, arrival: _Arrival, code: str, error: str) -> None:
         """Look up a command that may not be accepted: a known one is a duplicate, any other is rejected."""
@@ -388,7 +387,8 @@ class CommandDelivery:
         back = queue.unwritten(batch)
         for state in (CommandState.QUEUED, CommandState.UNCERTAIN):
             ids = tuple(queued.record.id for queued in back if queued.state is state)
-            self._queues.record_transition(key, ids, state, at.unix, "requeued", detail="not written", attempts=-1)
+            mark = self._ctx.mark(key, ids, state, at.unix, "requeued", "not written", attempts=-1)
+            self._queues.record_transition(mark)
         for queued in back:
             log.info("command_requeued", command=queued.record.id, session=key.ident, attempt=queued.attempts + 1)
         self._queues.expire_overdue(key, back, at.now)
@@ -449,7 +449,7 @@ class CommandDelivery:
         self, key: SessionKey, commands: tuple[QueuedCommand, ...], evidence: str, at: Moment
     ) -> None:
         ids = tuple(queued.record.id for queued in commands)
-        self._queues.record_transition(key, ids, CommandState.DELIVERED, at.unix, "delivered", detail=evidence)
+        self._queues.record_transition(self._ctx.mark(key, ids, CommandState.DELIVERED, at.unix, "delivered", evidence))
         for command_id in ids:
             log.info("command_delivered", command=command_id, session=key.ident, evidence=evidence)
 

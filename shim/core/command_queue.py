@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from shim.core.agent_calls import OfferedCommand
-from shim.core.records import CommandRecord, CommandState, SessionKey, TraceEntry
+from shim.core.records import ARRIVED, CommandRecord, CommandState, SessionKey, TraceEntry
 from shim.errors import IllegalTransition
 
 
@@ -487,7 +487,7 @@ class RecentCommands:
         for command_id in ids[-SHOWN_COMMANDS:]:
             known = self._recent.pop((key, command_id), None)
             recent = RecentCommand(command_id, key, entry.event, entry.detail, entry.wall)
-            if entry.event == "arrived":
+            if entry.event == ARRIVED:
                 recent.type, recent.arrived_unix = entry.detail, entry.wall
             elif known is not None:
                 recent.type, recent.arrived_unix = known.type, known.arrived_unix

@@ -153,6 +153,10 @@ class CommandDetails(NamedTuple):
     trace: list[TraceEntry]
 
 
+ARRIVED = "arrived"
+"""Event of the first step in a command's trace, which its row implies."""
+
+
 class PutCommand(StoreOperation[PutOutcome], frozen=True):
     """Store a command unless (session, id) is known, and trace its arrival (`arrived`) also if it is.
 
@@ -165,7 +169,7 @@ class PutCommand(StoreOperation[PutOutcome], frozen=True):
     @property
     def arrived(self) -> TraceEntry:
         """The step of the command's arrival."""
-        return TraceEntry(self.record.arrived_unix, "arrived", self.record.type)
+        return TraceEntry(self.record.arrived_unix, ARRIVED, self.record.type)
 
 
 class LookUpCommand(StoreOperation[PutOutcome | None], frozen=True):

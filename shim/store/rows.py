@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from shim.core.records import (
+    ARRIVED,
     CommandRecord,
     CommandState,
     PutCommand,
@@ -133,7 +134,7 @@ def insert_parameters(operation: PutCommand) -> tuple[Any, ...]:
         record.created_at,
         encode_json(record.payload),
         record.via,
-        operation.arrived.event,
+        ARRIVED,
         encode_step(offered) if offered is not None else "",
     )
 
