@@ -106,7 +106,7 @@ def cli() -> None:
 @_sets
 @click.option("--ready-file", metavar="FILE", help="Written when the shim serves: its addresses and pid as JSON.")
 def run(config: str | None, sets: tuple[str, ...], ready_file: str | None) -> NoReturn:
-    """Run the sidecar until SIGTERM or SIGINT."""
+    """Serve agents until SIGTERM or SIGINT."""
     run_command.start(config, sets, ready_file)
 
 
@@ -176,7 +176,7 @@ def _ask_health(host: str, port: int, path: str, timeout_s: float) -> tuple[bool
 # --- store ------------------------------------------------------------------------------------------------------------
 
 
-@cli.group(short_help="Copy a store from a file to a database, or back.")
+@cli.group(short_help="Copy a store, or divide a database into another number of shards.")
 def store() -> None:
     """Copy or divide a store that no shim uses."""
 

@@ -137,7 +137,7 @@ def _probe(path: str, period_s: int, failures: int) -> dict[str, Any]:
 
 
 def recognise(agent: Mapping[str, Any], image: str, config_map: str, own_token: bool) -> Sidecar:
-    """Find how the agent receives its URL and token (docs/reference/legacy-agents.md#6-deployment-objects).
+    """Find how the agent receives its URL and token (docs/reference/legacy-agents.md#5-deployment-objects).
 
     That is a Secret as a whole, or entries key by key. Raises `InjectError` if the manifest does not show it.
     """
