@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,7 +73,7 @@ def command(  # noqa: PLR0913, PLR0917 - one for each option
         _check(text)
     settings = read_settings(path, sets, own_token) if path or sets else PodSettings()
     options = documents.Options(image, container, config_map, not no_config, own_token, settings)
-    after = documents.remove(text) if remove else documents.inject(text, options)
+    after = documents.remove(text) if remove else documents.inject(text, options, partial(click.echo, err=True))
     if dry_run:
         name = "stdin" if filename == "-" else filename
         before, new = text.splitlines(keepends=True), after.splitlines(keepends=True)

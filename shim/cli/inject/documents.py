@@ -11,7 +11,7 @@ from typing import Any
 
 from shim.cli.inject import sidecar
 from shim.cli.inject.settings import PodSettings, merge
-from shim.cli.inject.shapes import WORKLOADS, check
+from shim.cli.inject.shapes import WORKLOADS, check, is_pod
 from shim.cli.inject.sidecar import InjectError, Map, Sidecar
 
 _HEAD = "---\n"
@@ -21,6 +21,7 @@ _LIST = re.compile(r"^( *)(?:- )?[\w.\-/\"']+:[ \t]*(?:#.*)?\n(?:[ \t]*(?:#.*)?\
 _MANAGED_BY = "app.kubernetes.io/managed-by"
 _MANAGER = "agent-shim-inject"
 _BOM = "\ufeff"
+_KINDS = f"{', '.join(sorted(WORKLOADS - {'Pod'}))} or Pod"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +40,14 @@ class Options:
     settings: PodSettings = field(default_factory=PodSettings)
 
 
-def inject(text: str, options: Options) -> str:
+def inject(text: str, options: Options, report: Callable[[str], None] = lambda _: None) -> str:
     """Return the manifests with the sidecar in every agent. Text that has it already is returned unchanged.
 
-    All other lines stay as they are, with their line ends. Raises `InjectError` if there is no agent, or one that
-    cannot be given the sidecar.
+    All other lines stay as they are, with their line ends. Each object whose agent does not get the sidecar goes to
+    `report`, as one line with the reason. Raises `InjectError` if there is no other agent, or one that cannot be given
+    the sidecar.
     """
-    return change_lines(text, lambda plain: _inject(plain, options))
+    return change_lines(text, lambda plain: _inject(plain, options, report))
 
 
 def remove(text: str) -> str:
@@ -53,11 +55,13 @@ def remove(text: str) -> str:
     return change_lines(text, _remove)
 
 
-def _inject(text: str, options: Options) -> str:
+def _inject(text: str, options: Options, report: Callable[[str], None]) -> str:
     agents = 0
     out: list[str] = []
     written: set[str] = set()
     for chunk in _chunks(text):
+        for line in chunk.left_unchanged(options.container):
+            report(line)
         configs: list[str] = []
         for template, container, namespace in chunk.agents(options.container):
             agents += 1
@@ -71,7 +75,9 @@ def _inject(text: str, options: Options) -> str:
         written.update(new)
         out.append(chunk.text())
     if not agents:
-        raise InjectError("no agent in it: no workload has a container named agent or pipeops-agent; see --container")
+        raise InjectError(
+            f"no agent in it that can be changed: no {_KINDS} has a container named agent or pipeops-agent; see --container"
+        )
     return _unless_equal("".join(out), text)
 
 
@@ -125,14 +131,8 @@ class _Chunk:
 
     def templates(self) -> Iterator[tuple[Map, str]]:
         """Return every pod template with the namespace of its workload."""
-        pending = [self._data]
-        while pending:
-            data = pending.pop()
-            if not isinstance(data, dict):
-                continue
-            if data.get("kind") == "List":
-                pending.extend(reversed(data.get("items") or []))
-            elif isinstance(data.get("kind"), str) and data["kind"] in WORKLOADS and isinstance(data.get("spec"), dict):
+        for data in self._objects():
+            if _is_workload(data) and isinstance(data.get("spec"), dict):
                 template = data if data["kind"] == "Pod" else data["spec"].get("template")
                 if isinstance(template, dict) and (template.get("spec") or {}).get("containers"):
                     yield template, (data.get("metadata") or {}).get("namespace") or ""
@@ -140,13 +140,33 @@ class _Chunk:
     def agents(self, wanted: str) -> Iterator[tuple[Map, Map, str]]:
         """Return pod template, container and namespace of every agent, without pods that opted out by label."""
         for template, namespace in self.templates():
-            labels = (template.get("metadata") or {}).get("labels") or {}
-            if labels.get(sidecar.OPT_OUT_LABEL) == "disabled":
+            container = _agent_in(template, wanted)
+            if container is not None and not _opted_out(template):
+                yield template, container, namespace
+
+    def left_unchanged(self, wanted: str) -> Iterator[str]:
+        """Return a line for every object with an agent that does not get the sidecar, with the reason."""
+        for data in self._objects():
+            agents = [pod for pod in _pods(data, set()) if _agent_in(pod, wanted) is not None]
+            if agents and not _is_workload(data):
+                why = f"only {_KINDS} can be changed here. The chart's admission policy changes pods of any kind"
+            elif any(_opted_out(pod) for pod in agents):
+                why = f"its pods have the label {sidecar.OPT_OUT_LABEL}: disabled"
+            else:
                 continue
-            for container in template["spec"]["containers"]:
-                if container.get("name") == wanted if wanted else sidecar.is_agent(container, template):
-                    yield template, container, namespace
-                    break
+            metadata = data.get("metadata")
+            name = metadata.get("name") if isinstance(metadata, dict) else None
+            yield f"{data.get('kind')} {name or 'without a name'} has an agent and is left unchanged: {why}"
+
+    def _objects(self) -> Iterator[Map]:
+        """Return the object of the document, or those in its List."""
+        pending = [self._data]
+        while pending:
+            data = pending.pop()
+            if isinstance(data, dict) and data.get("kind") == "List":
+                pending.extend(reversed(data.get("items") or []))
+            elif isinstance(data, dict):
+                yield data
 
     def is_our_config(self) -> bool:
         """Return True if the document is the ConfigMap that `inject` wrote."""
@@ -161,6 +181,38 @@ class _Chunk:
         out = io.StringIO()
         self._yaml.dump(self._data, out)
         return out.getvalue()
+
+
+def _is_workload(data: Map) -> bool:
+    return isinstance(data.get("kind"), str) and data["kind"] in WORKLOADS
+
+
+def _opted_out(template: Map) -> bool:
+    return ((template.get("metadata") or {}).get("labels") or {}).get(sidecar.OPT_OUT_LABEL) == "disabled"
+
+
+def _agent_in(template: Map, wanted: str) -> Map | None:
+    """Return the agent's container of a pod template: that of the name `wanted`, or if it is `""` the vendor's."""
+    for container in template["spec"]["containers"]:
+        if container.get("name") == wanted if wanted else sidecar.is_agent(container, template):
+            return container  # type: ignore[no-any-return]
+    return None
+
+
+def _pods(data: Any, seen: set[int]) -> Iterator[Map]:
+    """Return every pod or pod template in an object of any kind, also of one that only its cluster knows.
+
+    `seen` has the ids of values that were looked at, because aliases may contain themselves.
+    """
+    if id(data) in seen or not isinstance(data, (dict, list)):
+        return
+    seen.add(id(data))
+    if isinstance(data, dict):
+        spec = data.get("spec")
+        if isinstance(spec, dict) and spec.get("containers") and is_pod(data):
+            yield data
+    for value in data.values() if isinstance(data, dict) else data:
+        yield from _pods(value, seen)
 
 
 def _config_map(with_shim: Sidecar, namespace: str, settings: PodSettings) -> str:

@@ -90,6 +90,15 @@ def check_pod(data: Any) -> None:
     _require("Pod", data)
 
 
+def is_pod(data: Any) -> bool:
+    """Return True for a map that can be read as a pod or as the template of pods."""
+    try:
+        _require("Pod", _with_plain_keys(data, {}))
+    except InjectError:
+        return False
+    return True
+
+
 def _with_plain_keys(data: Any, seen: dict[int, Any]) -> Any:
     """Return a copy whose keys are plain texts: those of a YAML reader that keeps quotes are a type of its own.
 

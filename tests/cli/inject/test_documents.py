@@ -363,3 +363,41 @@ def test_removal_leaves_volumes_of_others_whatever_they_are_called() -> None:
     once = inject(text, OPTIONS)
     assert "agent-shim-certs" in {volume["name"] for volume in pod_of(once)["spec"]["volumes"]}
     assert documents(remove(once)) == documents(text)
+
+
+def _kind(kind: str, spec: dict[str, object], name: str = "one") -> dict[str, object]:
+    return {"kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+AGENT_POD = {"spec": {"containers": [{"name": "pipeops-agent", "image": "x"}]}}
+NOT_CHANGED = [
+    _kind("Job", {"template": AGENT_POD}),
+    _kind("CronJob", {"jobTemplate": {"spec": {"template": AGENT_POD}}}),
+    _kind("Rollout", {"template": AGENT_POD}),
+    _kind("Deployment", {"template": {"metadata": {"labels": {"agent-shim/inject": "disabled"}}, **AGENT_POD}}),
+]
+
+
+def test_every_agent_that_is_left_unchanged_is_reported_with_the_reason() -> None:
+    without = [
+        _kind("Job", {"template": {"spec": {"containers": [{"name": "migrate", "image": "x"}]}}}),
+        {"kind": "Odd", "metadata": "x", **AGENT_POD},
+        {"kind": "Odd", "spec": {"containers": [{"name": "pipeops-agent"}, "x"]}},
+    ]
+    for text in (yaml.safe_dump_all([*NOT_CHANGED, *without]), yaml.safe_dump({"kind": "List", "items": NOT_CHANGED})):
+        done = agent_shim("--image", IMAGE, "--own-token", stdin=f"{text}---\n{MINIMAL}")
+        assert done.returncode == 0
+        reported = [line.partition(" has an agent and is left unchanged: ") for line in done.stderr.splitlines()]
+        assert [who for who, _, _ in reported] == ["Job one", "CronJob one", "Rollout one", "Deployment one"]
+        reasons = [why for _, _, why in reported]
+        assert all("only DaemonSet, Deployment, ReplicaSet, StatefulSet or Pod" in why for why in reasons[:3])
+        assert "agent-shim/inject: disabled" in reasons[3]
+        assert done.stdout.startswith(text)
+
+
+def test_the_reasons_come_before_the_error_that_there_is_no_other_agent() -> None:
+    done = agent_shim("--image", IMAGE, "--own-token", stdin=yaml.safe_dump(NOT_CHANGED[0]))
+    assert (done.returncode, done.stdout) == (1, "")
+    first, error = done.stderr.splitlines()
+    assert first.startswith("Job one has an agent and is left unchanged: ")
+    assert error.startswith("Error: no agent in it that can be changed: ")
