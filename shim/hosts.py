@@ -23,27 +23,25 @@ def plain_host(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return True for `localhost`, its subdomains (RFC 6761) and loopback addresses, with or without brackets."""
+    """Return True for `localhost` and loopback addresses, with or without brackets: no other host is reached by them.
+
+    A name below `localhost`, or one with a final dot, may be any host: many resolvers ask name servers for it.
+    """
     try:
         name = plain_host(host)
     except ValueError:
         return False
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
+    if host.endswith("."):
+        return False
     try:
         return ip_address(name).is_loopback
     except ValueError:
-        return False
+        return name == "localhost"
 
 
 def is_this_machine(host: str) -> bool:
     """Return True if a connection to a database's host stays on this machine: loopback, or the path of a socket.
 
-    Of names only `localhost` itself counts: PostgreSQL's library asks name servers for `localhost.` and its subdomains.
+    PostgreSQL's library passes names to the resolver as they are, so names beyond ASCII are not converted here.
     """
-    if not host or host.startswith(("/", "@")) or host == "localhost":
-        return True
-    try:
-        return ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
+    return not host or host.startswith(("/", "@")) or (host.isascii() and is_loopback(host))

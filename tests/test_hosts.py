@@ -9,8 +9,10 @@ from shim.hosts import is_loopback, is_this_machine
     "host,expected",
     [
         ("localhost", True),
-        ("LOCALHOST.", True),
-        ("a.localhost", True),
+        ("LOCALHOST", True),
+        ("localhost.", False),
+        ("a.localhost", False),
+        ("127.0.0.1.", False),
         ("127.9.9.9", True),
         ("[::1]", True),
         ("::1", True),
@@ -31,7 +33,17 @@ def test_a_database_on_this_machine_is_recognised_by_loopback_and_by_the_path_of
 
 
 @pytest.mark.parametrize(
-    "host", ["db", "10.0.0.1", "localhost.example.com", "db.localhost", "localhost.", "a,b.localhost", "127.0.0.1%2Cdb"]
+    "host",
+    [
+        "db",
+        "10.0.0.1",
+        "localhost.example.com",
+        "db.localhost",
+        "localhost.",
+        "a,b.localhost",
+        "127.0.0.1%2Cdb",
+        "\uff11\uff12\uff17.0.0.1",
+    ],
 )
 def test_a_database_elsewhere_is_not_on_this_machine(host: str) -> None:
     assert not is_this_machine(host)

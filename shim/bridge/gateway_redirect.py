@@ -254,10 +254,10 @@ class GatewayConnections:
     def _allowed(self, url: str) -> bool:
         upstream = self._ctx.settings.upstream
         try:
-            scheme, host = urlsplit(ws_url(url)).scheme, host_of(url)
+            parts, host = urlsplit(ws_url(url)), host_of(url)
         except ValueError:
             return False
-        if scheme == "ws" and not is_loopback(host) and not upstream.allow_insecure:
+        if parts.scheme == "ws" and not is_loopback(parts.hostname or "") and not upstream.allow_insecure:
             return False
         if upstream.gateway_hosts:
             allowed = map(plain_host, upstream.gateway_hosts)

@@ -61,7 +61,7 @@ def choose_proxy(url: str, settings: DialSettings, environ: Mapping[str, str]) -
     if not value:
         return ProxyChoice()
     host = plain_host(parts.hostname or "")
-    if is_loopback(host):
+    if is_loopback(parts.hostname or ""):
         return ProxyChoice(source="loopback is not proxied")
     if _is_exempt(host, parts.port or (443 if secure else 80), _read(environ, "no_proxy")):
         return ProxyChoice(source="NO_PROXY of the environment")

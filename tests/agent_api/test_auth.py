@@ -130,6 +130,7 @@ async def test_fetch_of_node_is_no_browser() -> None:
         (Listen(port=0), "[::1]:7080", True),
         (Listen(port=0), "::1", True),
         (Listen(port=0), "evil.example", False),
+        (Listen(port=0), "evil.localhost", False),
         (Listen(port=0), "127.0.0.1.evil.example:7080", False),
         (Listen(port=0), "[::1].evil.example", False),
         (Listen(port=0), "localhost:evil", False),

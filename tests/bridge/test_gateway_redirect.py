@@ -131,6 +131,7 @@ async def test_allowed_hosts_can_be_configured(make_world: MakeWorld, host: str,
         ("https://[fd00::1]", "wss://[fd00:0::1]", True),
         ("https://api.vendor.test.", "wss://gw.Vendor.test", True),
         ("http://127.0.0.1:9", "ws://127.0.0.1:10", True),
+        ("https://localhost.", "ws://localhost.", False),
     ],
 )
 async def test_by_default_the_registrable_domain_decides(

@@ -138,6 +138,7 @@ async def test_other_sites_pages_and_other_hosts_names_get_nothing(tmp_path: Pat
             assert (await ask("/status.json", token=ADMIN_TOKEN, **allowed))[0] == 200, allowed
         for foreign in (
             {"Host": "rebound.example"},
+            {"Host": "rebound.localhost"},
             {"Host": f"rebound.example:{host.rpartition(':')[2]}"},
             {"Sec_Fetch_Site": "cross-site"},
             {"Sec_Fetch_Site": "same-site"},

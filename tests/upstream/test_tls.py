@@ -220,6 +220,8 @@ async def test_a_proxy_of_a_kind_that_is_not_spoken() -> None:
         ("wss://h.example/ws", {"ALL_PROXY": "p:1"}, "http://p:1"),
         ("ws://127.0.0.1:1/ws", {"HTTP_PROXY": "http://p:1"}, ""),
         ("ws://localhost/ws", {"HTTP_PROXY": "http://p:1"}, ""),
+        ("ws://localhost./ws", {"HTTP_PROXY": "http://p:1"}, "http://p:1"),
+        ("ws://a.localhost/ws", {"HTTP_PROXY": "http://p:1"}, "http://p:1"),
     ],
 )
 def test_the_proxy_of_the_environment(url: str, environ: dict[str, str], expected: str) -> None:

@@ -257,7 +257,7 @@ def _tcp(dial: Dial) -> Finding:
 def _tls(dial: Dial) -> Finding:
     settings, failure, host = dial.settings, dial.failure, host_of(dial.url)
     if urlsplit(dial.url).scheme in ("http", "ws"):
-        if is_loopback(host):
+        if is_loopback(urlsplit(dial.url).hostname or ""):
             return passed("tls", "none: loopback")
         return warned("tls", "none: tokens can be read on the way", f"use https in {settings.section}.url")
     if failure is not None and failure.reason == "tls":

@@ -76,7 +76,8 @@ def _inject(text: str, options: Options, report: Callable[[str], None]) -> str:
         out.append(chunk.text())
     if not agents:
         raise InjectError(
-            f"no agent in it that can be changed: no {_KINDS} has a container named agent or pipeops-agent; see --container"
+            f"no agent in it that can be changed: no {_KINDS} has a container named agent or pipeops-agent; "
+            "see --container"
         )
     return _unless_equal("".join(out), text)
 
