@@ -63,6 +63,7 @@ class CommandStore(Protocol):
 
         When they are committed and synced, `done` is called on the event loop with the result of `operation`. If they
         could not be applied, it is called with a `StoreError`, and none of them was applied.
+        A `MoveSession` that cannot be stored at present is repeated; changes that follow it are refused meanwhile.
         """
 
     def close(self) -> None:

@@ -228,11 +228,8 @@ class CommandQueues:
         self._retry()
 
     def _retry(self) -> None:
-        """Retry one change that the store refused; its success triggers the next retry.
-
-        While a session's move is not stored, the commands have their former session in the store: retry afterwards.
-        """
-        if self._unstored and not self._ctx.unstored_moves:
+        """Retry one change that the store refused; its success triggers the next retry."""
+        if self._unstored:
             unstored = self._unstored.pop(next(iter(self._unstored)))
             if isinstance(unstored, MarkCommands):
                 self.store_mark(unstored)

@@ -145,8 +145,7 @@ class BridgeContext(msgspec.Struct):
     token or raises `ShimError`. `fallback` records the results of calls to the vendor's HTTP API, `refused_calls` the
     refused calls of agents. `note_step` is called with each step of commands, if traces are exported. The bridge
     replaces `timers` by a `TimerGroup` and sets `events`. `refused_bytes` is the size of the largest command or result
-    that the store has refused since readiness has last seen that as much can be written. `unstored_moves` is the number
-    of superseded sessions whose move is not stored yet.
+    that the store has refused since readiness has last seen that as much can be written.
     """
 
     settings: Settings
@@ -167,7 +166,6 @@ class BridgeContext(msgspec.Struct):
     refused_calls: RecentCalls = msgspec.field(default_factory=RecentCalls)
     note_step: NoteStep | None = None
     refused_bytes: int = 0
-    unstored_moves: int = 0
     events: EventQueue = msgspec.UNSET  # type: ignore[assignment] # a queue needs the timers that the bridge makes
 
     def masked(self, text: str, *secrets: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,7 +20,7 @@ from shim.core.records import (
     StoreContents,
 )
 from shim.core.sessions import Session
-from shim.errors import AgentError, StoreError
+from shim.errors import AgentError
 from shim.log import get
 
 log = get(__name__)
@@ -95,7 +94,6 @@ class SessionRegistry:
         self._ctx = ctx
         self._moved = moved
         self._ended = ended
-        self._pending_moves: list[MoveSession] = []
         self._superseded: set[SessionKey] = set()
         self._token_accepted = token_accepted
         self._logged_owners: set[str] = set()
@@ -379,17 +377,14 @@ class SessionRegistry:
         self._superseded.add(older.key)
 
     def sweep(self) -> None:
-        """Retry refused writes and complete supersessions; called every few seconds."""
+        """Complete supersessions and retry refused writes; called every few seconds."""
         # Move first: once the successor's alias is stored, no agent id leads to commands that are not moved, and a
         # restart would not find them.
         self._move_superseded()
         self.persistence.retry()
 
     def _move_superseded(self) -> None:
-        """Move the superseded sessions that are no longer fresh into their successors, and retry refused moves."""
-        unmoved, self._pending_moves = self._pending_moves, []
-        for move in unmoved:
-            self._store_move(move)
+        """Move the superseded sessions that are no longer fresh into their successors."""
         now = self._ctx.now
         for key in list(self._superseded):
             session = self._ctx.sessions.get(key)
@@ -408,22 +403,8 @@ class SessionRegistry:
             self._ctx.sessions.remove(session)
             if successor.tunnel is None and session.tunnel is not None:
                 self._ctx.sessions.keep_tunnel(successor, session.tunnel, session.tunnel_bytes + FREE_KEPT_BYTES)
-            self._ctx.unstored_moves += 1
-            self._store_move(MoveSession(session.key, target))
+            self._ctx.store.submit(MoveSession(session.key, target))
             self._moved(session.key, target)
-
-    def _store_move(self, move: MoveSession) -> None:
-        """Store a move, and retry it until it succeeds.
-
-        Meanwhile the transitions of the moved commands are already written under the successor's key.
-        """
-        self._ctx.store.submit(move, done=partial(self._move_stored, move))
-
-    def _move_stored(self, move: MoveSession, outcome: StoreError | None) -> None:
-        if outcome is not None:
-            self._pending_moves.append(move)
-        else:
-            self._ctx.unstored_moves -= 1
 
     # --- sessions that end --------------------------------------------------------------------------------------------
 

@@ -249,9 +249,11 @@ class SqliteEngine:
     def failure(self, error: Exception) -> Failure:
         """Convert an exception of `commit` by its SQLite error code."""
         if isinstance(error, files.ReplacedError):
-            return Failure(error, affects_whole_batch=True)
+            return Failure(error, affects_whole_batch=True, temporary=True)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        return Failure(store_error(error), affects_whole_batch=code in _COMMON, corrupt=code in CORRUPT)
+        common, corrupt = code in _COMMON, code in CORRUPT
+        temporary = (common and not corrupt) or code == sqlite3.SQLITE_FULL
+        return Failure(store_error(error), affects_whole_batch=common, temporary=temporary, corrupt=corrupt)
 
     def close(self) -> None:
         """Move the write-ahead log into the database as far as possible, and close the connection."""

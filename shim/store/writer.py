@@ -18,7 +18,15 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from shim.clock import Clock
-from shim.core.records import Operation, StoreOperation
+from shim.core.records import (
+    CheckStore,
+    FindCommand,
+    LookUpCommand,
+    MoveSession,
+    Operation,
+    ReadOutbox,
+    StoreOperation,
+)
 from shim.errors import StoreError
 from shim.log import get
 from shim.metrics import Metrics
@@ -37,6 +45,11 @@ MAX_BATCH = 256
 LARGE_BATCH = 16
 SHORT_SWITCH_INTERVAL_S = 0.001
 SWITCH_INTERVAL_S = sys.getswitchinterval()
+
+# Pause before moves of sessions that the database refused are repeated, unless something is submitted earlier.
+RETRY_S = 5.0
+
+_READS = (CheckStore, FindCommand, LookUpCommand, ReadOutbox)
 
 # Callbacks per turn of the event loop: enough to need few wake-ups, few enough not to delay other work.
 _PER_TURN = 32
@@ -106,10 +119,15 @@ def commit_probe(
 
 
 class Failure(NamedTuple):
-    """Reason why a batch was not stored. `affects_whole_batch` is true if a smaller batch would fail as well."""
+    """Reason why a batch was not stored.
+
+    `affects_whole_batch` is true if a smaller batch would fail as well, `temporary` if the same batch may be stored
+    later.
+    """
 
     error: StoreError
     affects_whole_batch: bool = False
+    temporary: bool = False
     corrupt: bool = False
     fenced: bool = False
 
@@ -137,6 +155,10 @@ class Writer:
     """Owner of an engine and of the thread that uses it, from `start()` to `close()`.
 
     A submission is put into `queue`, never after `close()`; None ends the thread.
+
+    A `MoveSession` that the database cannot store at present is repeated, and all changes that were submitted after it
+    are refused until it is stored. Otherwise changes of the moved commands, which name the session that has them now,
+    would change nothing and yet succeed.
     """
 
     def __init__(self, engine: Engine, call_threadsafe: CallThreadsafe, probe: CommitProbe) -> None:
@@ -144,6 +166,9 @@ class Writer:
         self._callbacks = CallbackQueue(call_threadsafe)
         self._probe = probe
         self._fence_reported = False
+        self._unmoved: list[_Submission] = []  # moves that were refused, in order
+        self._unmoved_in_queue: list[_Submission] = []  # and those that were submitted after them
+        self._refusal = Failure(StoreError("a session could not be moved"))  # why the last move was refused
         self.queue: SimpleQueue[_Submission | None] = SimpleQueue()
         # A daemon thread, so that a process that ends without `close()` does not hang. The database survives that.
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
@@ -163,8 +188,9 @@ class Writer:
         running = True
         while running:
             batch = self._next_batch()
-            submissions = [each for each in batch if each is not None]
-            running = len(submissions) == len(batch)
+            running = None not in batch
+            submissions = [*self._unmoved, *self._unmoved_in_queue, *(each for each in batch if each is not None)]
+            self._unmoved, self._unmoved_in_queue = [], []
             if len(submissions) > LARGE_BATCH:
                 sys.setswitchinterval(SHORT_SWITCH_INTERVAL_S)
                 self._serve(submissions)
@@ -174,8 +200,10 @@ class Writer:
         self._engine.close()
 
     def _next_batch(self) -> list[_Submission | None]:
-        batch = [self.queue.get()]
+        unmoved = self._unmoved or self._unmoved_in_queue
+        batch: list[_Submission | None] = []
         with contextlib.suppress(Empty):
+            batch.append(self.queue.get(timeout=RETRY_S if unmoved else None))
             while len(batch) < MAX_BATCH:
                 batch.append(self.queue.get_nowait())
         return batch
@@ -194,6 +222,7 @@ class Writer:
                     refused.append(submission)
         if ending:
             self.queue.put(None)
+        self._unmoved_in_queue += filter(_is_move, refused)
         if refused:
             callbacks = list(self._failure_callbacks(Failure(error), len(refused)))
             self._callbacks.add(callbacks + [partial(done, error) for _, done in refused if done is not None])
@@ -211,16 +240,26 @@ class Writer:
         A batch that fails is halved until the failing submission is alone. Savepoints would isolate it too, but would
         make every commit copy each page it touches, for a case that is rare.
         """
-        try:
-            return self._commit(batch, callbacks)
-        except Exception as error:  # noqa: BLE001 - whatever it was, this thread must live to serve the next batch
-            self._engine.roll_back()
-            failure = self._engine.failure(error)
-            if len(batch) == 1 or failure.affects_whole_batch:
-                callbacks.extend(self._failure_callbacks(failure, len(batch)))
-                return [failure.error] * len(batch)
+        failure = self._refusal
+        if not self._unmoved or all(map(_only_reads, batch)):
+            try:
+                return self._commit(batch, callbacks)
+            except Exception as error:  # noqa: BLE001 - whatever it was, this thread must live to serve the next batch
+                self._engine.roll_back()
+                failure = self._engine.failure(error)
+        if len(batch) == 1 or failure.affects_whole_batch:
+            return self._refused(batch, failure, callbacks)
         half = len(batch) // 2
         return self._outcomes(batch[:half], callbacks) + self._outcomes(batch[half:], callbacks)
+
+    def _refused(
+        self, batch: list[_Submission], failure: Failure, callbacks: list[Callable[[], None]]
+    ) -> list[StoreError]:
+        callbacks.extend(self._failure_callbacks(failure, len(batch)))
+        if failure.temporary:
+            self._unmoved += filter(_is_move, batch)
+            self._refusal = failure._replace(affects_whole_batch=False)
+        return [failure.error] * len(batch)
 
     def _failure_callbacks(self, failure: Failure, submissions: int) -> Iterator[Callable[[], None]]:
         yield partial(self._probe.failed, submissions)
@@ -238,6 +277,14 @@ class Writer:
         if carried_out:
             callbacks.append(partial(probe.observe, probe.monotonic() - started, carried_out))
         return outcomes
+
+
+def _is_move(submission: _Submission) -> bool:
+    return isinstance(submission[0][0], MoveSession)
+
+
+def _only_reads(submission: _Submission) -> bool:
+    return all(isinstance(operation, _READS) for operation in submission[0])
 
 
 class QueuedStore:

@@ -18,9 +18,11 @@ from shim.core.records import (
     CheckStore,
     CommandState,
     FindCommand,
+    MoveSession,
     Prune,
     PutOutcome,
     ReadOutbox,
+    SessionKey,
     WriteProbe,
 )
 from shim.errors import StoreError
@@ -28,7 +30,7 @@ from shim.store import CommitProbe, open_store
 from shim.store.sqlite import LOG_LIMIT_BYTES, SqliteEngine, SqliteStore
 from shim.store.writer import QueuedStore
 from tests.store.conftest import Gate
-from tests.support.stores import TIMEOUT_S, StoreClient, mark, put
+from tests.support.stores import KEY, OTHER, TIMEOUT_S, StoreClient, mark, put, until
 
 
 def test_closing_checkpoints(client: StoreClient, path: Path) -> None:
@@ -303,6 +305,64 @@ def in_namespace(script: str, root: Path) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answers
+
+
+def moved(client: StoreClient, command_id: str) -> tuple[SessionKey, CommandState]:
+    """The session and state of a command."""
+    ((record, _, _),) = client.one(FindCommand(command_id))
+    return record.session, record.state
+
+
+def test_changes_after_a_move_that_does_not_fit_wait_for_it(client: StoreClient) -> None:
+    """They name the successor, whose commands they would not find: what was delivered would come again."""
+    target = SessionKey("default", "agent", "a" * 200)
+    client.run(*(put(str(n)) for n in range(300)))
+    limit_pages(client, 0)
+    client.store.submit(MoveSession(KEY, target))
+    delivered = mark("1", CommandState.DELIVERED, session=target)
+    with pytest.raises(StoreError, match="SQLITE_FULL"):
+        client.run(delivered)
+    assert moved(client, "1") == (KEY, CommandState.QUEUED)
+    limit_pages(client, 1000)
+    client.run(delivered)
+    assert moved(client, "1") == (target, CommandState.DELIVERED)
+    assert moved(client, "2") == (target, CommandState.QUEUED)
+
+
+def test_a_move_that_found_the_database_locked_is_repeated_without_another_submission(
+    path: Path, client: StoreClient
+) -> None:
+    client.run(put("1"))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    client.store.submit(MoveSession(KEY, OTHER))
+    with pytest.raises(StoreError, match="SQLITE_BUSY"):
+        client.run(put("2"))
+    other.execute("COMMIT")
+    query = "SELECT count(*) FROM commands WHERE session = ?"
+    until(lambda: other.execute(query, (str(OTHER),)).fetchone() == (1,))
+    other.close()
+
+
+def test_a_move_that_can_never_be_stored_does_not_stop_the_others(path: Path, client: StoreClient) -> None:
+    client.run(put("1"))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("CREATE TRIGGER t BEFORE UPDATE OF session ON commands BEGIN SELECT RAISE(ABORT, 'never'); END")
+    moving = client.submit(MoveSession(KEY, OTHER))
+    assert not client.one(put("2")).duplicate
+    assert isinstance(client.wait(moving), StoreError)
+    other.close()
+
+
+def test_closing_does_not_wait_for_a_move_that_is_refused(path: Path, client: StoreClient) -> None:
+    client.run(put("1"))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    client.store.submit(MoveSession(KEY, OTHER))
+    with pytest.raises(StoreError, match="SQLITE_BUSY"):
+        client.run(put("2"))
+    client.close()
+    other.close()
 
 
 @pytest.mark.needs("unshare", "mount")

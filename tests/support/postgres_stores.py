@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.support import postgres as pg
-from tests.support.stores import TIMEOUT_S, StoreClient
+from tests.support.stores import StoreClient
 
 OPEN: list[StoreClient] = []
 
@@ -22,13 +20,6 @@ def client_of(url: str, **how: Any) -> StoreClient:
     OPEN.append(StoreClient(lambda post: pg.store(url, post, **how)))
     OPEN[-1].open()
     return OPEN[-1]
-
-
-def until(condition: Callable[[], Any]) -> None:
-    until_s = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.02)
 
 
 def stored(url: str) -> list[str]:

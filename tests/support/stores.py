@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -105,6 +106,14 @@ class Stores:
     def close(self) -> None:
         for client in self._clients:
             client.close()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait until another thread or process has made something true."""
+    until_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
 
 
 def command(command_id: str, session: SessionKey = KEY, **fields: Any) -> CommandRecord:

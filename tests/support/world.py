@@ -33,6 +33,7 @@ from shim.core.records import (
     CommandDetails,
     FindCommand,
     MarkCommands,
+    MoveSession,
     Operation,
     PutCommand,
     StoreContents,
@@ -43,6 +44,7 @@ from shim.core.sessions import Session, Sessions
 from shim.errors import ShimError, StoreError
 from shim.metrics import Metrics
 from shim.ports import Caller, CallResult, CommandStore, StoreDone, Timer
+from shim.store.writer import RETRY_S
 from tests.support.memory_store import MemoryStore
 from tests.support.upstream import Controller
 from tests.support.virtual import VirtualClock, VirtualLoop
@@ -103,6 +105,7 @@ class FlakyStore:
         self.dead = False
         self.log: list[Operation] = []
         self.outstanding = 0
+        self._unmoved: list[MoveSession] = []
         self._late: list[Callable[[], None]] = []
 
     def open(self) -> StoreContents:
@@ -113,7 +116,10 @@ class FlakyStore:
     ) -> None:
         if self.dead:
             return
-        if self.failing((operation, *also)):
+        if self._refuses((operation, *also)):
+            if isinstance(operation, MoveSession):
+                self._unmoved.append(operation)
+                asyncio.get_running_loop().call_later(RETRY_S, self._repeat_moves)
             refusal = partial(self._tell, done, StoreError("the disk is full"))
             if self.slow:
                 self._late.append(refusal)
@@ -131,6 +137,16 @@ class FlakyStore:
                 self._tell(done, outcome)
 
         self.inner.submit(operation, *also, done=finished)
+
+    def _refuses(self, operations: tuple[Operation, ...]) -> bool:
+        """As the stores do (`ports.CommandStore.submit`): nothing is stored before the moves that were refused."""
+        self._repeat_moves()
+        return bool(self._unmoved) or self.failing(operations)
+
+    def _repeat_moves(self) -> None:
+        while self._unmoved and not self.dead and not self.failing((self._unmoved[0],)):
+            self.log.append(self._unmoved[0])
+            self.inner.submit(self._unmoved.pop(0))
 
     def _tell(self, done: StoreDone[_Result] | None, outcome: _Result | StoreError) -> None:
         if done is not None and not self.dead:
@@ -161,6 +177,8 @@ class FlakyStore:
             tell()
 
     def close(self) -> None:
+        self._repeat_moves()
+        self._unmoved.clear()
         self.inner.close()
 
 

@@ -150,13 +150,15 @@ class PostgresEngine:
         if isinstance(error, StatementError):
             if error.state == "25006":
                 self._disconnect()  # the server is no longer the primary: the next connection looks for the new one
-            return Failure(state_refusal(error.state), affects_whole_batch=not error.state.startswith(_OWN_FAULT))
+            common = not error.state.startswith(_OWN_FAULT)
+            return Failure(state_refusal(error.state), affects_whole_batch=common, temporary=common)
         if isinstance(error, psycopg.Error):
-            return Failure(refusal(error), affects_whole_batch=True)
+            return Failure(refusal(error), affects_whole_batch=True, temporary=True)
         if isinstance(error, ConnectionLost):
-            return Failure(self._cause, affects_whole_batch=True)
+            return Failure(self._cause, affects_whole_batch=True, temporary=True)
         if isinstance(error, (StoreError, ConfigError)):
-            return Failure(error if isinstance(error, StoreError) else StoreError(str(error)), affects_whole_batch=True)
+            cause = error if isinstance(error, StoreError) else StoreError(str(error))
+            return Failure(cause, affects_whole_batch=True, temporary=True)
         return Failure(store_error(error))
 
     def close(self) -> None:

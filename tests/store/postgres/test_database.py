@@ -19,9 +19,9 @@ from shim.store.postgres.database import prepare, script
 from shim.store.postgres.inspection import inspect
 from shim.store.schema import SCHEMA_VERSION
 from tests.support import postgres as pg
-from tests.support.postgres_stores import client_of, stored, until
+from tests.support.postgres_stores import client_of, stored
 from tests.support.processes import free_port, refusing_port
-from tests.support.stores import mark
+from tests.support.stores import mark, until
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(240)]
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from shim.config import settings
-from shim.core.records import PutOutcome
+from shim.core.records import CommandState, FindCommand, MoveSession, PutOutcome
 from shim.errors import StoreError, StoreFenced
 from shim.store import CommitProbe
 
@@ -25,8 +25,8 @@ from shim.store.postgres.dsn import application
 from shim.store.writer import UNOBSERVED
 from tests.support import postgres as pg
 from tests.support.disks import fill, mounted
-from tests.support.postgres_stores import client_of, owner, stored, until
-from tests.support.stores import TIMEOUT_S, StoreClient, put
+from tests.support.postgres_stores import client_of, owner, stored
+from tests.support.stores import KEY, OTHER, STRANGER, TIMEOUT_S, StoreClient, mark, put, until
 
 pytestmark = [pytest.mark.needs("postgresql"), pytest.mark.timeout(240)]
 
@@ -139,6 +139,23 @@ def test_what_comes_while_nobody_answers_is_refused_and_it_recovers(server: pg.P
     accepted(client, "3")
     client.close()
     assert stored(url) == ["3"]
+
+
+def test_moves_that_nobody_stored_are_carried_out_before_what_comes_after_them(server: pg.Postgres) -> None:
+    """The first is refused by the engine, the second while it waits in the queue."""
+    client = client_of(server.create("shim"), patience_s=0.5)
+    client.run(put("1"))
+    server.stop("immediate")
+    client.store.submit(MoveSession(KEY, OTHER))
+    client.store.submit(MoveSession(OTHER, STRANGER))
+    delivered = mark("1", CommandState.DELIVERED, session=STRANGER)
+    with pytest.raises(StoreError):
+        client.run(delivered)
+    server.start()
+    until(lambda: client.wait(client.submit(delivered)) is None)
+    ((record, _, _),) = client.one(FindCommand("1"))
+    assert (record.session, record.state) == (STRANGER, CommandState.DELIVERED)
+    client.close()
 
 
 def test_a_read_only_server_refuses_and_recovers(server: pg.Postgres) -> None:
