@@ -14,7 +14,7 @@ from shim.redaction import Redaction
 
 KEPT = 40
 SHIM_LOGGER = "shim"
-FREQUENT = ("command_", "result_", "poll_pace", "call_refused", "agent_seen")
+FREQUENT = ("command_", "result_", "poll_pacing_detected", "call_refused", "agent_first_call")
 """Beginnings of events that happen with each command or call; the status shows these elsewhere."""
 MAX_DETAIL_CHARS = 200
 MAX_EVENT_CHARS = 64

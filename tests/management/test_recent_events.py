@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 
+import shim
 from shim.clock import Clock
 from shim.log import get
-from shim.management.recent_events import KEPT, MAX_DETAIL_CHARS, RecentEvents
+from shim.management.recent_events import FREQUENT, KEPT, MAX_DETAIL_CHARS, RecentEvents
 from shim.redaction import Redaction
 
 log = get("shim.test")
@@ -43,8 +46,17 @@ def test_steps_of_commands_and_calls_are_left_out(events: RecentEvents) -> None:
     log.info("command_queued", command="k1")
     log.info("result_closed", command="k1")
     log.warning("call_refused", status=404)
+    log.info("agent_first_call", session="agent-1")
+    log.info("poll_pacing_detected", session="agent-1")
     log.debug("frame", size=1)
     assert list(events) == []
+
+
+def test_what_is_left_out_is_an_event_of_the_shim() -> None:
+    package = Path(shim.__file__).parent
+    source = "".join(each.read_text(encoding="utf-8") for each in package.rglob("*.py"))
+    logged = re.findall(r"\blog\.\w+\(\s*\"(\w+)\"", source)
+    assert [name for name in FREQUENT if not any(event.startswith(name) for event in logged)] == []
 
 
 def test_repeats_about_the_same_subject_are_one_event(events: RecentEvents) -> None:
