@@ -144,7 +144,7 @@ class Plan:
         fleet, cost = self.fleet, self.cost
         return [
             ("**Replicas**", "", ""),
-            ("an agent", f"between the two largest measurements, up to {cost.measured:,} agents", _agent(cost)),
+            ("an agent", _measured(cost), _agent(cost)),
             (
                 "agents to a replica",
                 f"{fleet.used:.0%} of a core; {_forwarded(cost)}",
@@ -186,10 +186,18 @@ def _agent(cost: Cost) -> str:
     return f"{cost.agent_mb * 1000:.1f} KB, {cost.agent_cpu * 1e6:.0f} µs of CPU a second"
 
 
+def _measured(cost: Cost) -> str:
+    largest = f"between the two largest measurements, up to {cost.measured:,} agents"
+    if not cost.fleet_agents:
+        return largest
+    return f"CPU: {largest}; memory: {cost.fleet_agents:,} agents over three replicas"
+
+
 def _forwarded(cost: Cost) -> str:
     if not cost.fleet_agents:
         return "a call that another replica passes on is taken as two"
-    return f"a call that another replica passes on costs {cost.forwarded:.2f} ({cost.fleet_agents:,} agents over three)"
+    measured = f"{cost.fleet_agents:,} agents over three replicas"
+    return f"a call that another replica passes on costs {cost.forwarded:.2f} times a direct one ({measured})"
 
 
 def text(measured: Mapping[str, Any], fleet: Fleet) -> list[str]:

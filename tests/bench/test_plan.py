@@ -63,4 +63,6 @@ def test_what_forwarding_costs_is_what_three_replicas_took_more_than_one() -> No
     assert round(cost.agent_mb, 6) == 0.03
     # (0.5 - 0.01) / (1.3 * 50 µs)
     assert Plan(Fleet(), cost).per_replica == 7538
-    assert "costs 1.30 (10,000 agents over three)" in "\n".join(plan.text({**MEASURED, "fleet": fleet}, Fleet()))
+    assert "costs 1.30 times a direct one (10,000 agents over three replicas)" in "\n".join(
+        plan.text({**MEASURED, "fleet": fleet}, Fleet())
+    )
