@@ -28,7 +28,7 @@ help: ## list these targets
 
 install: $(DEV) ## create .venv with everything that development needs
 
-check: $(DEV) ## lint, format, types, import and house rules, and the documents' links, citations and English
+check: $(DEV) ## lint, format, types, import and house rules, and the documents' links, citations, tables and English
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict shim devtools supply bench
@@ -40,8 +40,8 @@ check: $(DEV) ## lint, format, types, import and house rules, and the documents'
 	$(BIN)/python helm/generate.py --check
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/mkdocs build --quiet
-	$(BIN)/python -m pytest --quiet tests/docs/test_english.py tests/docs/test_references.py \
-		tests/security/test_static.py tests/test_completeness.py
+	$(BIN)/python -m pytest --quiet $(addprefix tests/docs/test_,english.py references.py configuration.py metrics.py \
+		commands_page.py links.py) tests/security/test_static.py tests/test_completeness.py
 
 test: $(DEV) $(NODE_DEPS) ## run the tests (ARGS go to pytest)
 	$(BIN)/$(RUNNER) $(ARGS)
