@@ -222,7 +222,7 @@ class Writer:
                     refused.append(submission)
         if ending:
             self.queue.put(None)
-        self._unmoved_in_queue += filter(_is_move, refused)
+        self._unmoved_in_queue += _moves(refused)
         if refused:
             callbacks = list(self._failure_callbacks(Failure(error), len(refused)))
             self._callbacks.add(callbacks + [partial(done, error) for _, done in refused if done is not None])
@@ -257,7 +257,7 @@ class Writer:
     ) -> list[StoreError]:
         callbacks.extend(self._failure_callbacks(failure, len(batch)))
         if failure.temporary:
-            self._unmoved += filter(_is_move, batch)
+            self._unmoved += _moves(batch)
             self._refusal = failure._replace(affects_whole_batch=False)
         return [failure.error] * len(batch)
 
@@ -279,8 +279,9 @@ class Writer:
         return outcomes
 
 
-def _is_move(submission: _Submission) -> bool:
-    return isinstance(submission[0][0], MoveSession)
+def _moves(refused: Sequence[_Submission]) -> list[_Submission]:
+    """Return the moves among refused submissions, to be repeated. Their callers get no second answer."""
+    return [(operations, None) for operations, _ in refused if isinstance(operations[0], MoveSession)]
 
 
 def _only_reads(submission: _Submission) -> bool:

@@ -335,12 +335,14 @@ def test_a_move_that_found_the_database_locked_is_repeated_without_another_submi
     client.run(put("1"))
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    client.store.submit(MoveSession(KEY, OTHER))
+    moving = client.submit(MoveSession(KEY, OTHER))
     with pytest.raises(StoreError, match="SQLITE_BUSY"):
         client.run(put("2"))
     other.execute("COMMIT")
     query = "SELECT count(*) FROM commands WHERE session = ?"
     until(lambda: other.execute(query, (str(OTHER),)).fetchone() == (1,))
+    client.run(put("3"))
+    assert len(moving) == 1
     other.close()
 
 
