@@ -25,7 +25,7 @@ _Uses = list[tuple[SessionKey, dict[Route, RouteUse]]]
 
 @cache
 def paths() -> dict[Route, tuple[str, str]]:
-    """Return (method, path pattern) by (dialect, operation), for every deprecated route."""
+    """Return (method, path pattern) by (dialect, operation), for every route of every dialect."""
     return {(d.NAME, r.operation): (r.method, r.pattern) for d in dialects.load() for r in d.ROUTES}
 
 
