@@ -62,7 +62,13 @@ CONDITIONS = (
         frozenset({"link_connecting"}),
     ),
     Condition(
-        dict.fromkeys(("registration_refused", "name_unknown", "agent_unknown", "not_registered"), "agent_unknown"),
+        dict.fromkeys(
+            (
+                *("registration_refused", "registration_unanswered", "name_unknown", "agent_unknown"),
+                *("not_registered", "heartbeats_refused"),
+            ),
+            "agent_unknown",
+        ),
         "agent_known",
         "The controller knows all agents again.",
     ),

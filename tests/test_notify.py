@@ -53,6 +53,7 @@ def events(*each: dict[str, Any]) -> list[str]:
             [status("agent_unknown"), status("name_unknown", "agent_unknown"), status()],
             ["agent_unknown", "agent_known"],
         ),
+        ([status("heartbeats_refused"), status("registration_unanswered"), status()], ["agent_unknown", "agent_known"]),
         ([status("fallback_failing"), status("fallback_failed")], ["fallback_failing"]),
         ([status("fallback_failed"), status()], ["fallback_failing", "fallback_recovered"]),
         ([status("drained"), status("drained", removable=True), status()], ["drained", "removable"]),

@@ -29,7 +29,9 @@ MAX_BYTES = 64 * 1_048_576
 class AdminPort:
     """Address of the admin port and its token (`""` if there is none).
 
-    `timeout_s` bounds the connection and each piece of a response, `whole_s` the whole of it, however small the pieces.
+    `timeout_s` bounds the connection, `piece_s` each piece of a response (`None`: as `timeout_s`), and `whole_s` the
+    whole of it, however small the pieces. `remedy` says what to do if nobody answers, `login_remedy` if a token is
+    asked for: the options differ between commands.
     """
 
     host: str
@@ -37,6 +39,9 @@ class AdminPort:
     token: str = field(default="", repr=False)
     timeout_s: float = TIMEOUT_S
     whole_s: float = WHOLE_S
+    piece_s: float | None = None
+    remedy: str = "start the shim, or name its admin port with --url or its configuration with --config"
+    login_remedy: str = "give --token-file, or --config with the shim's configuration"
 
     def exchange(
         self, method: str, path: str, body: str | None = None, limit_bytes: int = MAX_BYTES
@@ -52,6 +57,7 @@ class AdminPort:
             within(self.timeout_s, connection.connect)
             # Kept apart: the connection forgets a socket that the other side closes after its response.
             sock = connection.sock
+            sock.settimeout(self.piece_s or self.timeout_s)
             watch.start()
             connection.request(method, path, body, {"Authorization": f"Bearer {self.token}"} if self.token else {})
             response = connection.getresponse()
@@ -67,8 +73,7 @@ class AdminPort:
         except (OSError, HTTPException) as error:
             why = getattr(error, "strerror", "") or str(error) or type(error).__name__
             raise click.ClickException(
-                f"no answer from the admin port {self.host}:{self.port} ({why}): "
-                "start the shim, or name its admin port with --url or its configuration with --config"
+                f"no answer from the admin port {self.host}:{self.port} ({why}): {self.remedy}"
             ) from None
         answer = _object(text)
         if status != 200:
@@ -83,7 +88,7 @@ class AdminPort:
         said = answer.get("error") or f"the port answers {status}, which is not what a shim's admin port says"
         if status != 401:
             return str(said)
-        return f"{said}; give --token-file, or --config with the shim's configuration"
+        return f"{said}; {self.login_remedy}"
 
 
 def _cut(sock: socket.socket) -> None:
@@ -130,7 +135,8 @@ def given(url: str) -> tuple[str, int]:
     """Return host and port of `--url`. Raises click's error for anything but http://host:port."""
     try:
         parts = urlsplit(url)
-        if parts.scheme == "http" and parts.hostname:
+        # A path would be left out: behind a proxy that selects the shim by it, another shim would answer.
+        if parts.scheme == "http" and parts.hostname and parts.path in ("", "/") and not parts.query:
             return parts.hostname, parts.port or 80
     except ValueError:
         pass

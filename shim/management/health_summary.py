@@ -239,7 +239,7 @@ def reason_text(reason: str | None) -> str:
 
 def _problems(status: Status) -> Iterator[Problem]:
     yield from _of_process(status)
-    if status.mode != "http":
+    if not status.all_by_http:
         yield from _of_links(status)
         yield from _of_controller(status.controller, status.now)
     yield from _of_fallback(status)
@@ -442,7 +442,7 @@ def _notes(status: Status) -> Iterator[Problem]:
 
 def _nothing_wrong(status: Status) -> Problem:
     sessions = status.sessions
-    if status.mode == "http":
+    if status.all_by_http:
         return make_problem("all_by_http", url=status.fallback, agents=_http_agents(status) or "no agent by HTTP yet")
     if not sessions.total:
         if status.replicas:

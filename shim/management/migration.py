@@ -131,16 +131,18 @@ def rollout(bridge: Subject, wall: float) -> dict[str, Any]:
     """Return the settings of the rollout and the places of the agents that called within 24 hours.
 
     `hash` is `None` unless there is one agent, and `inside` is `None` unless all agents are on the same side. The
-    configured `identity.name` is placed until the first agent calls.
+    configured `identity.name` is placed until the first agent calls. After the sunset all agents are inside.
     """
     settings = bridge.ctx.settings
+    days_left = sunset(settings.sunset, wall)["days_left"]
+    over = days_left is not None and days_left <= 0
     chosen = settings.rollout
     names = _names(bridge, wall) or [name for name in [settings.identity.name] if name]
     places = [
         {
             "name": name,
             "hash": round(bucket(name), 2),
-            "inside": in_rollout(name, chosen.percent, chosen.include, chosen.exclude),
+            "inside": over or in_rollout(name, chosen.percent, chosen.include, chosen.exclude),
         }
         for name in names
     ]

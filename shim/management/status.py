@@ -142,6 +142,12 @@ class MigrationStatus(Struct, kw_only=True):
     removable: bool
     reasons: list[str]
 
+    @property
+    def over(self) -> bool:
+        """True after the configured end of the legacy API: from then on nothing goes by HTTP, whatever the mode is."""
+        days = self.sunset.get("days_left")
+        return days is not None and days <= 0
+
 
 class Status(Struct, kw_only=True):
     """All that a running shim shows. `overall` is the health summary of the rest."""
@@ -179,3 +185,8 @@ class Status(Struct, kw_only=True):
     events: list[Row]
     replicas: Row | UnsetType = UNSET
     series: dict[str, list[Any]] | UnsetType = UNSET
+
+    @property
+    def all_by_http(self) -> bool:
+        """True if all calls go to the vendor's HTTP API, so that no link is needed."""
+        return self.mode == "http" and not self.migration.over

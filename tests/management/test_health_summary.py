@@ -153,6 +153,25 @@ def sentence(**fields: Any) -> tuple[str, str]:
             "All calls go to the vendor's HTTP API (https://old.test), because mode is http: no agent by HTTP yet.",
         ),
         (
+            {
+                "mode": "http",
+                "fallback": "https://old.test",
+                "links": [link("refused", 9, "status 401")],
+                "migration": {**UNUSED["migration"], "sunset": {"days_left": -0.1}},
+            },
+            "bad",
+            "The controller refuses the token (status 401).",
+        ),
+        (
+            {
+                "mode": "http",
+                "fallback": "https://old.test",
+                "migration": {**UNUSED["migration"], "sunset": {"days_left": -0.1}},
+            },
+            "good",
+            "All is well: the controller is connected, 1 agent alive.",
+        ),
+        (
             {"sessions": [session("a", fresh=False), session("b")]},
             "warning",
             "1 agent silent: a.",

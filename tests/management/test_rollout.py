@@ -35,6 +35,15 @@ async def test_lists_come_before_the_hash(
     assert {name: found[name] for name in lists} == lists
 
 
+async def test_after_the_sunset_all_agents_are_inside(make_world: MakeWorld, make_page: MakePage) -> None:
+    world = await make_world(mode="http", rollout={"percent": 0}, sunset={"at": "2026-11-23"})
+    page = make_page(world)
+    await world.agent().register()
+    found = page.status()
+    assert (found["rollout"]["inside"], found["sessions"]["fresh"]) == (True, 1)
+    assert found["overall"]["text"] == "All is well: the controller is connected, 1 agent alive."
+
+
 async def test_agents_on_both_sides_have_no_common_place(make_world: MakeWorld, make_page: MakePage) -> None:
     world = await make_world(rollout={"percent": 0, "include": ["prod"]})
     page = make_page(world)

@@ -185,7 +185,9 @@ function inside({ percent, include, exclude, hash, inside, agents }) {
 
 function modeTile(status) {
   const { mode, by_http, rollout } = status;
-  const now = mode === "http" ? "all calls by the vendor's HTTP API" : mode === "auto" ? `${by_http ? "HTTP" : "WebSocket"} now, ${inside(rollout)}` : inside(rollout);
+  const days = status.migration.sunset.days_left;
+  const over = days !== null && days <= 0;
+  const now = over && mode !== "websocket" ? "WebSocket, because the HTTP API is over" : mode === "http" ? "all calls by the vendor's HTTP API" : mode === "auto" ? `${by_http ? "HTTP" : "WebSocket"} now, ${inside(rollout)}` : inside(rollout);
   return tile("Mode and rollout", MODES[mode], now, mode === "auto" && by_http ? "warning" : "good");
 }
 

@@ -236,7 +236,7 @@ def _yaml(keys: dict[str, str]) -> str:
 
 def begun(clusters: Sequence[Cluster]) -> list[str]:
     """Return the clusters that are neither in mode http nor at 0 percent."""
-    return [each.name for each in clusters if each.seen and each.modes != ["http"] and each.percent != 0]
+    return [each.name for each in clusters if each.seen and not each.all_by_http and each.percent != 0]
 
 
 def advise(report: Report, steps: Sequence[float], form: str, target: Target, *, start: bool) -> int:
@@ -254,13 +254,26 @@ def advise(report: Report, steps: Sequence[float], form: str, target: Target, *,
         return int(verdict.decision)
     current = 0 if start else verdict.percent or 0
     following = next_percent(current, steps)
+    names = [each.name for each in report.clusters if each.seen]
     if following is None:
         _say("Every step is taken. docs/how-to/removal.md says when a shim can go.")
+        # Often the output replaces the file of the step before: an empty one would take the mode out of it.
+        if form != "helm":
+            click.echo(change({PERCENT: f"{current:g}", **_mode(report)}, form, target, names))
         return 0
-    keys = {PERCENT: f"{following:g}", **({MODE: "websocket"} if start else {})}
+    keys = {PERCENT: f"{following:g}", **({MODE: "websocket"} if start else _mode(report))}
     _say(f"Next step: {current:g} to {following:g} %. Apply this, and run the report again:")
-    click.echo(change(keys, form, target, [each.name for each in report.clusters if each.seen]))
+    click.echo(change(keys, form, target, names))
     return 0
+
+
+def _mode(report: Report) -> dict[str, str]:
+    """Return the mode of all clusters as a key of the change, nothing if they differ.
+
+    With it each change is complete: it may replace the one before, in a file as well.
+    """
+    modes = {mode for each in report.clusters for mode in each.modes}
+    return {MODE: modes.pop()} if len(modes) == 1 else {}
 
 
 def _go_back(report: Report, steps: Sequence[float], form: str, target: Target) -> None:
@@ -273,7 +286,7 @@ def _go_back(report: Report, steps: Sequence[float], form: str, target: Target) 
         _say(f"In the file of {', '.join(clusters)} alone:")
     click.echo(change({MODE: "http"}, form, target, clusters))
     previous = previous_percent(report.verdict.percent or 0, steps)
-    keys = {MODE: "http"} if previous is None else {PERCENT: f"{previous:g}"}
+    keys = {MODE: "http"} if previous is None else {PERCENT: f"{previous:g}", **_mode(report)}
     _say("To take all clusters one step back instead:")
     _say(change(keys, form, target, [each.name for each in report.clusters if each.seen]))
 

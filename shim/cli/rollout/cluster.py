@@ -24,6 +24,8 @@ WANTED = {
 }
 
 
+CLOCK_S = 120.0
+"""Seconds by which a shim's clock may differ from the one here; a slow answer shows as a difference, too."""
 NO_WAY_BACK = frozenset({"fallback_failing", "fallback_failed"})
 """Problems with which the vendor's HTTP API does not serve an agent."""
 
@@ -67,7 +69,7 @@ class Cluster(msgspec.Struct, kw_only=True):
     """One row of the report. A value that could not be seen is `None` or empty; `gaps` has the reasons.
 
     `inside` and `outside` count the agents of the last 24 h by their place in the rollout. `since` is the Unix time of
-    the last change of mode or rollout.
+    the last change of mode or rollout, `started` has the times at which the shims were started.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Cluster(msgspec.Struct, kw_only=True):
     modes: list[str] = msgspec.field(default_factory=list)
     percent: float | None = None
     since: float | None = None
+    started: list[float] = msgspec.field(default_factory=list)
     inside: int = 0
     outside: int = 0
     agents: int | None = None
@@ -97,11 +100,21 @@ class Cluster(msgspec.Struct, kw_only=True):
         return self.shims > 0
 
     @property
+    def over(self) -> bool:
+        """True after the configured end of the HTTP API: from then on the modes http and auto serve as websocket."""
+        return self.sunset_days is not None and self.sunset_days < 0
+
+    @property
+    def all_by_http(self) -> bool:
+        """True if every shim sends all calls to the HTTP API."""
+        return self.modes == ["http"] and not self.over
+
+    @property
     def canary(self) -> str:
         """Return `in`, `out`, `part`, `http` (the mode of every shim), `empty` without agents, or `unknown`."""
         if not self.seen:
             return "unknown"
-        if self.modes == ["http"]:
+        if self.all_by_http:
             return "http"
         if self.inside and self.outside:
             return "part"
@@ -120,8 +133,7 @@ class Cluster(msgspec.Struct, kw_only=True):
     @property
     def http_fails(self) -> bool:
         """True if calls by the vendor's HTTP API are not served: there is no way back."""
-        over = self.sunset_days is not None and self.sunset_days < 0
-        return over or any(each.code in NO_WAY_BACK for each in self.troubles)
+        return self.over or any(each.code in NO_WAY_BACK for each in self.troubles)
 
 
 # A status is another program's text: numbers are taken as far as they can be what they are called.
@@ -188,6 +200,7 @@ class _Links(msgspec.Struct):
 class _Sessions(msgspec.Struct):
     fresh: _Count
     by_http: dict[str, _Count]
+    by_http_now: dict[str, _Count] | None = None
 
 
 class _Route(msgspec.Struct):
@@ -241,15 +254,27 @@ def read_status(answer: object) -> Status:
         raise click.ClickException(f"the answer is no shim's status ({error})") from None
 
 
-def add_status(cluster: Cluster, status: Status) -> None:
-    """Add what one shim of a cluster reports. Several shims of a cluster are summed up; the latest change counts."""
-    rollout, agents = status.rollout, status.rollout.agents
+def add_status(cluster: Cluster, status: Status, now: float) -> None:
+    """Add what one shim of a cluster reports. Several shims of a cluster are summed up; the latest change counts.
+
+    `now` is the Unix time here: the times of a shim whose clock is wrong are corrected by the difference.
+    """
+    rollout, agents, sessions = status.rollout, status.rollout.agents, status.sessions
+    ahead_s = status.now - now
+    if abs(ahead_s) > CLOCK_S:
+        place = "ahead of" if ahead_s > 0 else "behind"
+        cluster.notes.append(f"its clock is {format_duration(abs(ahead_s))} {place} the one here")
+    else:  # the answer's own time, or clocks that are well
+        ahead_s = 0
     cluster.shims += 1
     cluster.versions = sorted({*cluster.versions, status.version})
     cluster.modes = sorted({*cluster.modes, status.mode})
     cluster.percent = rollout.percent if cluster.percent is None else min(rollout.percent, cluster.percent)
-    cluster.since = max(rollout.since or status.started_at, cluster.since or 0)
-    cluster.agents = (cluster.agents or 0) + status.sessions.fresh + sum(status.sessions.by_http.values())
+    cluster.since = max((rollout.since or status.started_at) - ahead_s, cluster.since or 0)
+    cluster.started.append(status.started_at)
+    # An agent that now calls the vendor itself was served by HTTP within the last day, too: `by_http` counts it.
+    by_http = sessions.by_http if sessions.by_http_now is None else sessions.by_http_now
+    cluster.agents = (cluster.agents or 0) + sessions.fresh + sum(by_http.values())
     cluster.inside += agents.inside
     cluster.outside += max(0, agents.total - agents.inside)
     _add_links(cluster, status)

@@ -101,7 +101,7 @@ def cells(row: Cluster) -> list[Cell]:
 
 def _agent(row: Cluster) -> Cell:
     if row.agents:
-        return Cell("calls", "good", f"{plural(row.agents, 'agent')} alive, or by HTTP within 24 h")
+        return Cell("calls", "good", f"{plural(row.agents, 'agent')} alive, or by HTTP within 2 min")
     if row.agent_pods:
         return Cell("silent", "bad", f"{plural(row.agent_pods, 'pod')} of the agent, and none calls a shim")
     return Cell("none", "warning") if row.seen or row.agent_pods == 0 else Cell("?", "warning")
@@ -192,8 +192,12 @@ def headline(report: Report) -> str:
             f" until {moment(verdict.until)} at the latest" if verdict.until else " until the reasons below are gone"
         )
         return f"Wait{since},{until}." if since else f"Wait{until}."
-    done = verdict.percent == 100 and all(cluster.modes != ["http"] for cluster in report.clusters)
-    return "Go on: every cluster is in; the shims can go as soon as their agents are replaced." if done else "Go on."
+    if verdict.percent != 100 or any(cluster.all_by_http for cluster in report.clusters):
+        return "Go on."
+    left = [printable(cluster.name) for cluster in report.clusters if cluster.canary != "in"]
+    if left:
+        return f"Go on: every step is taken; not in are {', '.join(left)}: take them out of rollout.exclude."
+    return "Go on: every cluster is in; the shims can go as soon as their agents are replaced."
 
 
 def summary(report: Report) -> str:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import click
 
 from shim.cli import kubectl
-from shim.cli.admin_client import AdminPort, given
+from shim.cli.admin_client import TIMEOUT_S, AdminPort, given
 from shim.cli.inject.missing_sidecars import agents
 from shim.cli.inject.sidecar import CONFIG_DIR, NAME
 from shim.cli.kubectl import Terms
@@ -67,7 +67,7 @@ def cluster_of_context(access: Access) -> Cluster:
     """Return what the shims of one cluster report. Every failure is a gap of the row."""
     row = Cluster(name=access.name)
     for status in statuses(access, row):
-        add_status(row, status)
+        add_status(row, status, Clock().wall_s())
     return row
 
 
@@ -184,6 +184,8 @@ def source_of(  # noqa: PLR0913 - one for each option
     if sum(map(bool, (contexts, kubeconfig_glob, prometheus_url, urls))) != 1:
         raise click.UsageError("give one of --contexts, --kubeconfig-glob, --prometheus, --urls")
     expected = tuple(dict.fromkeys(placement.read_names(expect))) if expect else ()
+    if expect and not expected:  # a list whose making failed must not count as one that every report fulfils
+        raise click.ClickException(f"{expect} names no cluster")
     source = Source(Terms(namespace, timeout_s, Event()), parallel, expected)
     if prometheus_url:
         return source._replace(prometheus=_prometheus(prometheus_url, token_file, cluster_label, timeout_s))
@@ -215,12 +217,26 @@ def collect(source: Source) -> tuple[list[Cluster], list[str]]:
                 faults.append("this Prometheus has no series of a shim: agent_shim_build_info, in the last 24 h")
     else:
         rows = in_parallel(list(source.readers.items()), source.parallel, _read, source.terms.interrupted)
+        _find_same_shims(rows)
     names = {each.name for each in rows}
     rows += [Cluster(name=name, gaps=["expected, and not seen"]) for name in source.expected if name not in names]
     for row in rows:
         if row.name in source.doubles:
             row.notes.append("given more than once, asked once")
     return rows, faults
+
+
+def _find_same_shims(rows: Iterable[Cluster]) -> None:
+    """Add a gap to each row in which a shim of an earlier row answered: the cluster of its name was not seen.
+
+    A shim is recognised by the time of its start, which has microseconds; its address may be written in several ways.
+    """
+    names: dict[float, str] = {}
+    for row in rows:
+        for started_at in row.started:
+            first = names.setdefault(started_at, row.name)
+            if first != row.name:
+                row.gaps.append(f"the shim that answered is that of {first}: give each shim once")
 
 
 def _read(each: tuple[str, Callable[[], Cluster]]) -> Cluster:
@@ -342,7 +358,7 @@ def cluster_of_ports(name: str, ports: Iterable[_Port], timeout_s: float) -> Clu
         try:
             if reason:
                 raise click.ClickException(reason)
-            add_status(row, _status_at(url, token_file, timeout_s))
+            add_status(row, _status_at(url, token_file, timeout_s), Clock().wall_s())
         except (click.ClickException, ConfigError) as error:
             text = str(error)
             row.gaps.append(f"{url}: {text}" if url and url not in text else text)
@@ -352,4 +368,14 @@ def cluster_of_ports(name: str, ports: Iterable[_Port], timeout_s: float) -> Clu
 def _status_at(url: str, token_file: str, timeout_s: float) -> Status:
     host, port = given(url)
     token = read_secret(token_file, "the token file") if token_file else ""
-    return read_status(AdminPort(host, port, token, whole_s=timeout_s).ask("GET", "/status.json"))
+    admin_port = AdminPort(
+        host,
+        port,
+        token,
+        min(TIMEOUT_S, timeout_s),
+        whole_s=timeout_s,
+        piece_s=timeout_s,
+        remedy="start the shim, or mend its line",
+        login_remedy="name its file in the line, or give --token-file",
+    )
+    return read_status(admin_port.ask("GET", "/status.json"))

@@ -99,7 +99,7 @@ def _of_all(clusters: Sequence[Cluster], *, start: bool) -> Iterator[Reason]:
         yield Reason(Decision.WAIT, "", "no cluster was seen")
         return
     seen = [each for each in clusters if each.seen]
-    if seen and all(each.modes == ["http"] for each in seen):
+    if seen and all(each.all_by_http for each in seen):
         if start:
             return
         text = "mode http everywhere: nothing goes by WebSocket; `rollout step --start` begins or begins again"
@@ -114,7 +114,7 @@ def _of_all(clusters: Sequence[Cluster], *, start: bool) -> Iterator[Reason]:
 def _of_differences(seen: Sequence[Cluster], percent: float) -> Iterator[Reason]:
     """Yield the clusters that are behind the others: what was taken back, or has not got the change yet."""
     for each in seen:
-        if each.modes == ["http"]:
+        if each.all_by_http:
             text = "mode http: it was taken back, or has not got the change yet"
             yield Reason(Decision.WAIT, each.name, text)
         elif each.percent is not None and each.percent < percent:

@@ -48,19 +48,35 @@ def status(**changes: Any) -> dict[str, Any]:
 
 def test_several_shims_of_a_cluster_are_one_row() -> None:
     row = Cluster(name="prod")
-    add_status(row, read_status(status()))
+    add_status(row, read_status(status()), NOW)
     other = status(
         version="1.1",
         rollout__percent=50,
         rollout__since=NOW - 5,
         rollout__agents={"total": 2, "inside": 0, "items": []},
     )
-    add_status(row, read_status(other))
+    add_status(row, read_status(other), NOW)
     assert (row.shims, row.versions, row.percent, row.since) == (2, ["1.0", "1.1"], 10, NOW - 5)
     assert (row.canary, row.inside, row.outside, row.agents) == ("part", 1, 2, 2)
     assert row.links == {"up": 2}
     assert row.objectives["1h"]["heartbeat_success"].samples == 20
     assert row.without_result["1h"] == {"expired": 2}
+
+
+@pytest.mark.parametrize("ahead_s, place", [(-90_000.0, "behind"), (90_000.0, "ahead of"), (-60.0, "")])
+def test_a_clock_that_is_wrong_does_not_shorten_the_day_of_a_step(ahead_s: float, place: str) -> None:
+    row = Cluster(name="prod")
+    add_status(row, read_status(status(now=NOW + ahead_s, rollout__since=NOW + ahead_s - 50)), NOW)
+    assert row.since == (NOW - 50 if place else NOW + ahead_s - 50)  # a minute may be that of a slow answer
+    assert row.notes == ([f"its clock is 1 day 1 h {place} the one here"] if place else [])
+
+
+def test_an_agent_that_calls_no_longer_by_http_is_not_counted() -> None:
+    for now, expected in ((None, 1), ({"rollout": 1}, 1), ({"rollout": 0}, 0)):
+        row = Cluster(name="prod")
+        sessions = {"fresh": 0, "by_http": {"rollout": 1}} | ({} if now is None else {"by_http_now": now})
+        add_status(row, read_status(status(sessions=sessions)), NOW)
+        assert row.agents == expected
 
 
 @pytest.mark.parametrize("missing", ["objectives", "rollout", "commands", "overall", "links"])
@@ -109,7 +125,7 @@ def test_texts_that_no_terminal_and_no_page_should_see() -> None:
         version="\ud800",
         overall={"problems": [{"code": "token_refused", "level": "bad", "text": "\x1b]0;x\x07\ud800"}]},
     )
-    add_status(row, read_status(nasty))
+    add_status(row, read_status(nasty), NOW)
     report = Report([row], judge([row], NOW, 0), NOW)
     for shown in (text(report), page(report)):
         assert "\x1b" not in shown

@@ -160,6 +160,7 @@ def rollout(*args: str, stdout: str = "") -> tuple[int, str]:
         ("report", "--urls", "{gone}"),
         ("report", "--urls", "{empty}"),
         ("step", "--urls", "{one}", "--expect", "{gone}"),
+        ("step", "--urls", "{one}", "--expect", "{empty}"),
         ("report", "--kubeconfig-glob", "{gone}"),
         ("report", "--kubeconfig-glob", "~nobody-of-this-name/*.yaml"),
         ("report", "--kubeconfig-glob", "{gone}/**x/["),

@@ -41,6 +41,8 @@ def test_the_headline_says_when_waiting_ends(make_cluster: MakeCluster) -> None:
     )
     assert headline(report(make_cluster())) == "Go on."
     assert "every cluster is in" in headline(report(make_cluster(percent=100.0)))
+    excluded = make_cluster("bank", percent=100.0, inside=0, outside=1)
+    assert "not in are bank" in headline(report(make_cluster(percent=100.0), excluded))
 
 
 def test_the_json_has_what_the_text_has(make_cluster: MakeCluster) -> None:

@@ -34,22 +34,31 @@ def test_going_on_prints_the_change_and_nothing_else(
 ) -> None:
     assert advice(make_cluster()) == 0
     out, err = capsys.readouterr()
-    assert yaml.safe_load(out) == {"config": {"rollout": {"percent": 50}}}
+    assert yaml.safe_load(out) == {"config": {"mode": "websocket", "rollout": {"percent": 50}}}
     assert "Go on." in err
     assert advice(make_cluster(), form="config") == 0
-    assert yaml.safe_load(capsys.readouterr().out) == {"rollout": {"percent": 50}}
+    assert yaml.safe_load(capsys.readouterr().out) == {"mode": "websocket", "rollout": {"percent": 50}}
+    assert advice(make_cluster(), make_cluster("b", modes=["auto"])) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == {"config": {"rollout": {"percent": 50}}}  # each keeps its mode
+
+
+def test_after_the_last_step_the_output_still_has_the_values(
+    make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert advice(make_cluster(percent=100.0)) == 0
     out, err = capsys.readouterr()
-    assert out == ""
+    assert yaml.safe_load(out) == {"config": {"mode": "websocket", "rollout": {"percent": 100}}}
     assert "removal.md" in err
+    assert advice(make_cluster(percent=100.0), form="helm") == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_helm_commands_name_their_cluster(make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
     assert advice(make_cluster("it's"), make_cluster("other"), form="helm") == 0
     first, where, second = capsys.readouterr().out.splitlines()
     common = "helm upgrade agent-shim helm/agent-shim --namespace pipeops-system --reuse-values"
-    assert first == f"{common} --set config.rollout.percent=50 '--kube-context=it'\"'\"'s'"
-    assert (where, second) == ("# in other:", f"{common} --set config.rollout.percent=50")
+    assert first == f"{common} --set config.rollout.percent=50 --set config.mode=websocket '--kube-context=it'\"'\"'s'"
+    assert (where, second) == ("# in other:", f"{common} --set config.rollout.percent=50 --set config.mode=websocket")
 
 
 def test_a_name_does_not_end_its_comment(make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]) -> None:

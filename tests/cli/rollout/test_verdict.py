@@ -128,6 +128,12 @@ def test_mode_http_everywhere(make_cluster: MakeCluster) -> None:
     assert judge([blue, ill], NOW, DAY_S, start=True).decision is Decision.WAIT
 
 
+def test_after_the_end_of_the_http_api_mode_http_is_websocket(make_cluster: MakeCluster) -> None:
+    over = make_cluster(modes=["http"], sunset_days=-1.0, troubles=[Trouble("token_refused", "refused")])
+    assert (over.canary, verdict(over).clusters) == ("in", ["prod"])
+    assert not any("mode http" in reason.text for reason in verdict(over).reasons)
+
+
 def test_a_canary_without_a_cluster_in_it(make_cluster: MakeCluster) -> None:
     out = make_cluster(inside=0, outside=1)
     assert verdict(out).decision is Decision.WAIT
