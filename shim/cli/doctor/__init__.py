@@ -33,7 +33,9 @@ from shim.cli.doctor.way import (
     judge_way,
 )
 from shim.cli.inject.missing_sidecars import agents
+from shim.clock import Clock
 from shim.config import loader
+from shim.config.rules import parse_date_s
 from shim.config.settings import Settings, Upstream
 from shim.config.warnings import find_warnings
 from shim.core.text import plural
@@ -263,6 +265,8 @@ async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> li
     """Return the findings on the vendor's HTTP API, which a rollback needs. Nothing if it is not used."""
     if not settings.uses_fallback:
         return []
+    if settings.sunset.at and Clock().wall_s() >= parse_date_s(settings.sunset.at):
+        return [passed("fallback", "not asked: sunset.at has passed, and no call goes there any longer")]
     dialling = settings.fallback.dialling(settings.upstream)
     url = under(fallback_url(settings), "/api/v1/health")
     return [judge_fallback(await ask(url, dialling, environ, name="fallback"))]

@@ -102,7 +102,7 @@ def preview_command(  # noqa: PLR0913, PLR0917 - one for each option
     if contexts:
         found = contexts_places(contexts, namespace, timeout_s, percents, lists)
     else:
-        given = placement.read_names(from_file) if from_file else placement.checked(names)
+        given = placement.read_cluster_names(from_file) if from_file else placement.checked(names)
         if not given:
             raise click.ClickException(f"{from_file or 'the command line'} names no cluster")
         found = placement.places(given, percents, lists)

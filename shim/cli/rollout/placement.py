@@ -97,6 +97,18 @@ def read_names(path: str) -> list[str]:
     return names
 
 
+def read_cluster_names(path: str) -> list[str]:
+    """Return the names in a file, as `read_names` does. Raises click's error for a list of admin ports.
+
+    The line `prod http://HOST:PORT` would be one name, with a hash that no shim computes.
+    """
+    names = read_names(path)
+    for name in names:
+        if any("://" in word for word in name.split()):
+            raise click.ClickException(f"{path} is a list of admin ports, as for --urls: give the names alone")
+    return names
+
+
 def _read(file: IO[bytes]) -> bytes:
     """Read at most one byte more than allowed; a pipe is read to its end."""
     data = b""

@@ -183,7 +183,7 @@ def source_of(  # noqa: PLR0913 - one for each option
     """Return the source that the options name. Raises click's errors."""
     if sum(map(bool, (contexts, kubeconfig_glob, prometheus_url, urls))) != 1:
         raise click.UsageError("give one of --contexts, --kubeconfig-glob, --prometheus, --urls")
-    expected = tuple(dict.fromkeys(placement.read_names(expect))) if expect else ()
+    expected = tuple(dict.fromkeys(placement.read_cluster_names(expect))) if expect else ()
     if expect and not expected:  # a list whose making failed must not count as one that every report fulfils
         raise click.ClickException(f"{expect} names no cluster")
     source = Source(Terms(namespace, timeout_s, Event()), parallel, expected)

@@ -305,8 +305,11 @@ async def test_the_way_back(doctor: Doctor) -> None:
         good.expect("fallback", "PASS", "answers")
         async with tcp_server(lambda r, w: asyncio.sleep(0)) as port:
             pass
-        bad = await doctor.examine(upstream=way, fallback={"url": f"http://127.0.0.1:{port}"})
+        bad_url = f"http://127.0.0.1:{port}"
+        bad = await doctor.examine(upstream=way, fallback={"url": bad_url})
         bad.expect("fallback", "FAIL", "refused")
+        ended = await doctor.examine(mode="http", upstream=way, fallback={"url": bad_url}, sunset={"at": "2026-01-31"})
+        ended.expect("fallback", "PASS", "not asked")
 
         async def gone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_head(reader)

@@ -161,6 +161,8 @@ def rollout(*args: str, stdout: str = "") -> tuple[int, str]:
         ("report", "--urls", "{empty}"),
         ("step", "--urls", "{one}", "--expect", "{gone}"),
         ("step", "--urls", "{one}", "--expect", "{empty}"),
+        ("step", "--urls", "{one}", "--expect", "{one}"),
+        ("preview", "--from-file", "{one}"),
         ("report", "--kubeconfig-glob", "{gone}"),
         ("report", "--kubeconfig-glob", "~nobody-of-this-name/*.yaml"),
         ("report", "--kubeconfig-glob", "{gone}/**x/["),
