@@ -123,7 +123,7 @@ def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_fi
     host, port = given(url) if url else configured(admin)
     path = token_file or admin.token_file
     try:
-        return AdminPort(host, port, read_secret(path, "the token file") if path else "")
+        return AdminPort(host, port, read_secret(path, f"the token file {path}") if path else "")
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
 

@@ -219,7 +219,7 @@ async def test_what_keeps_a_command_from_its_work_is_said_with_what_to_do(
         code, _, err = await run("drain", "--url", shim.admin, "--token-file", str(tmp_path / "wrong"))
         assert (code, "not accepted" in err) == (1, True)
         code, _, err = await run("drain", "--url", shim.admin, "--token-file", str(tmp_path / "none"))
-        assert (code, "the token file: cannot be read" in err) == (1, True)
+        assert (code, f"the token file {tmp_path / 'none'}: cannot be read" in err) == (1, True)
         with refusing_port() as port:
             code, _, err = await run("status", "--url", f"http://127.0.0.1:{port}")
         assert (code, "no answer from the admin port" in err, "Traceback" in err) == (1, True, False)

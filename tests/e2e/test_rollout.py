@@ -319,7 +319,7 @@ async def test_admin_ports_of_a_file(tmp_path: Path, http: aiohttp.ClientSession
     assert (code, data["verdict"]) == (1, "wait")
     expected = {
         "wrong": "token",
-        "no-file": "cannot be read",
+        "no-file": f"the token file {tmp_path / 'gone'}: cannot be read",
         "dead": "no answer from the admin port 127.0.0.1:1",
         "https": "expected http://host:port",
         "long": "not `NAME URL [TOKEN-FILE]`",

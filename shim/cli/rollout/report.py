@@ -207,11 +207,19 @@ def summary(report: Report) -> str:
     parts = [f"{plural(len(report.clusters), 'cluster')}, {seen} seen whole, {canary} in"]
     if report.verdict.percent is not None:
         parts.append(f"at {report.verdict.percent:g} %")
-    days = [each.sunset_days for each in report.clusters if each.sunset_days is not None]
+    days = _days_left(report.clusters)
+    over = [each.name for each in report.clusters if each.over]
+    if over:
+        # A date that one cluster has alone takes its way back, and must not be shown as that of all.
+        parts.append("the HTTP API is over" + (f" by sunset.at of {', '.join(map(printable, over))}" if days else ""))
     if days:
-        over = min(days) < 0
-        parts.append("the HTTP API is over" if over else f"{plural(int(min(days)), 'day')} until the HTTP API ends")
+        parts.append(f"{plural(int(min(days)), 'day')} until the HTTP API ends")
     return ", ".join(parts)
+
+
+def _days_left(rows: Sequence[Cluster]) -> list[float]:
+    """Return the days until the end of the HTTP API of the clusters for which it is not over."""
+    return [each.sunset_days for each in rows if each.sunset_days is not None and not each.over]
 
 
 def reason_line(reason: Reason) -> str:
@@ -322,9 +330,9 @@ def _tiles(report: Report) -> str:
         _tile("clusters seen whole", f"{len(seen)} of {len(rows)}", "good" if len(seen) == len(rows) else "warning"),
         _tile("clusters in", f"{len(canary)} of {len(rows)}", ""),
     ]
-    days = [each.sunset_days for each in rows if each.sunset_days is not None]
+    days = _days_left(rows) or [0.0 for each in rows if each.over]
     if days:
-        tiles.append(_tile("days until the HTTP API ends", f"{max(0, int(min(days)))}", "bad" if min(days) < 7 else ""))
+        tiles.append(_tile("days until the HTTP API ends", f"{int(min(days))}", "bad" if min(days) < 7 else ""))
     for name, title in TITLES.items():
         measured = _together(canary, name)
         text = "-" if measured is None else percentage(measured.share) if measured.samples else "-"

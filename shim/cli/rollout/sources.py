@@ -322,7 +322,7 @@ def _prometheus(url: str, token_file: str | None, label: str, timeout_s: float) 
     if not _LABEL.fullmatch(label):
         raise click.BadParameter(f"{label!r} is no label's name", param_hint="--cluster-label")
     try:
-        token = read_secret(token_file, "--token-file") if token_file else ""
+        token = read_secret(token_file, f"--token-file {token_file}") if token_file else ""
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     return Prometheus(url, token, label, timeout_s)
@@ -367,7 +367,7 @@ def cluster_of_ports(name: str, ports: Iterable[_Port], timeout_s: float) -> Clu
 
 def _status_at(url: str, token_file: str, timeout_s: float) -> Status:
     host, port = given(url)
-    token = read_secret(token_file, "the token file") if token_file else ""
+    token = read_secret(token_file, f"the token file {token_file}") if token_file else ""
     admin_port = AdminPort(
         host,
         port,

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from shim.cli.rollout.cluster import Cluster, Trouble
-from shim.cli.rollout.report import Report, as_json, cells, head, headline, page, text
+from shim.cli.rollout.report import Report, as_json, cells, head, headline, page, summary, text
 from shim.cli.rollout.verdict import judge
 from tests.cli.rollout.conftest import DAY_S, NOW, MakeCluster, measured
 
@@ -43,6 +43,16 @@ def test_the_headline_says_when_waiting_ends(make_cluster: MakeCluster) -> None:
     assert "every cluster is in" in headline(report(make_cluster(percent=100.0)))
     excluded = make_cluster("bank", percent=100.0, inside=0, outside=1)
     assert "not in are bank" in headline(report(make_cluster(percent=100.0), excluded))
+
+
+def test_the_end_of_one_cluster_is_not_that_of_all(make_cluster: MakeCluster) -> None:
+    dated, over = make_cluster("dated", sunset_days=20.5), make_cluster("over", sunset_days=-1.0)
+    assert summary(report(dated, over)).endswith(
+        "the HTTP API is over by sunset.at of over, 20 days until the HTTP API ends"
+    )
+    assert '<b class="">20</b><span>days until' in page(report(dated, over))
+    assert summary(report(over)).endswith("the HTTP API is over")
+    assert '<b class="bad">0</b><span>days until' in page(report(over))
 
 
 def test_the_json_has_what_the_text_has(make_cluster: MakeCluster) -> None:
