@@ -256,7 +256,8 @@ def advise(report: Report, steps: Sequence[float], form: str, target: Target, *,
     following = next_percent(current, steps)
     names = [each.name for each in report.clusters if each.seen]
     if following is None:
-        _say("Every step is taken. docs/how-to/removal.md says when a shim can go.")
+        last = f"--steps ends at {current:g} %: name the next one there."
+        _say("Every step is taken. docs/how-to/removal.md says when a shim can go." if current >= 100 else last)
         # Often the output replaces the file of the step before: an empty one would take the mode out of it.
         if form != "helm":
             click.echo(change({PERCENT: f"{current:g}", **_mode(report)}, form, target, names))

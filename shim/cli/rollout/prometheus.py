@@ -15,7 +15,9 @@ import msgspec
 
 from shim.cli.rollout.cluster import Cluster, Measured, Trouble
 from shim.core.text import plural, printable
+from shim.hosts import is_loopback
 from shim.management.objectives import CODES, OBJECTIVES
+from shim.protocol.http import origin_of
 from shim.redaction import basic_credentials
 
 MAX_ANSWER_BYTES = 64 * 1_048_576
@@ -98,7 +100,12 @@ class Prometheus:
         self.warnings: set[str] = set()
         self.label = label
         self._timeout_s = timeout_s
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        # As for the shim's own connections, loopback is never proxied by the environment; urllib would do so.
+        proxies = {} if is_loopback(host) else urllib.request.getproxies()
+        proxy = "" if urllib.request.proxy_bypass(host) else proxies.get(parts.scheme)
+        through = f" (through {origin_of(proxy)}, the proxy of the environment)" if proxy else ""
+        self._shown = self.address + through
+        self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
         self._headers = {"Accept": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -121,11 +128,11 @@ class Prometheus:
         except HTTPError as error:
             with error:
                 reason = _error(error.read(MAX_ANSWER_BYTES)) or "not what a Prometheus answers"
-            raise click.ClickException(f"{self.address} answers {error.code}: {reason}") from None
+            raise click.ClickException(f"{self._shown} answers {error.code}: {reason}") from None
         except (OSError, HTTPException) as error:
             cause = getattr(error, "reason", None) or error
             why = getattr(cause, "strerror", "") or str(cause) or type(error).__name__
-            raise click.ClickException(f"{self.address} does not answer: {why}") from None
+            raise click.ClickException(f"{self._shown} does not answer: {why}") from None
         return list(self._samples(data))
 
     def clusters_by(self, expression: str) -> dict[str, list[Sample]]:
@@ -144,7 +151,7 @@ class Prometheus:
                 if math.isfinite(value):
                     yield Sample({str(key): str(text) for key, text in each["metric"].items()}, value)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise click.ClickException(f"{self.address} answers something else than Prometheus' query API") from None
+            raise click.ClickException(f"{self._shown} answers something else than Prometheus' query API") from None
 
 
 def _error(data: bytes) -> str:

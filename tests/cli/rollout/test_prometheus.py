@@ -32,10 +32,10 @@ WAIT_S = 90.0
 pytestmark = pytest.mark.timeout(400)
 
 
-async def report(*args: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
+async def report(*args: str, **environ: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "shim", "rollout", "report", "--json", *args),
-        env=os.environ | {"NO_PROXY": "127.0.0.1"},
+        env=os.environ | {"NO_PROXY": "127.0.0.1"} | environ,
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -156,6 +156,18 @@ async def test_what_is_no_answer(status: int, body: str, headers: dict[str, str]
         code, data, rows = await report("--prometheus", f"http://user:s3cret@{address}/prom")
     assert (code, rows) == (1, {})
     assert any(expected in reason["text"] for reason in data["reasons"])
+    assert "s3cret" not in json.dumps(data)
+
+
+async def test_an_answer_through_a_proxy_of_the_environment_names_it() -> None:
+    async with stand_in(web.Response(status=503, text="no route")) as address:
+        proxy = {"http_proxy": f"http://user:s3cret@{address}", "no_proxy": "", "NO_PROXY": ""}
+        code, data, _ = await report("--prometheus", "http://prom.test", **proxy)
+        near = await report("--prometheus", "http://127.0.0.1:1", **proxy)
+    where = f"http://prom.test (through http://{address}, the proxy of the environment)"
+    assert (code, data["reasons"][0]["text"]) == (1, f"{where} answers 503: not what a Prometheus answers")
+    # Loopback is not proxied, as for the shim's own connections.
+    assert near[1]["reasons"][0]["text"] == "http://127.0.0.1:1 does not answer: Connection refused"
     assert "s3cret" not in json.dumps(data)
 
 

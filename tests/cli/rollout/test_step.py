@@ -51,6 +51,9 @@ def test_after_the_last_step_the_output_still_has_the_values(
     assert "removal.md" in err
     assert advice(make_cluster(percent=100.0), form="helm") == 0
     assert capsys.readouterr().out == ""
+    half = make_cluster(percent=50.0)
+    advise(Report([half], judge([half], NOW, DAY_S), NOW), (10.0, 50.0), "values", TARGET, start=False)
+    assert "--steps ends at 50 %" in capsys.readouterr().err
 
 
 def test_helm_commands_name_their_cluster(make_cluster: MakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
