@@ -1,4 +1,4 @@
-"""Simulated legacy agents of every generation (docs/reference/legacy-agents.md#1-legacy-http-endpoints)."""
+"""Simulated legacy agents of every dialect (docs/reference/legacy-agents.md#1-legacy-http-endpoints)."""
 
 from devtools.agents.agent import AgentProfile, LegacyAgent
 from devtools.agents.events import Callbacks, CallOutcome, Event, EventKind, Exchange

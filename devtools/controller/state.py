@@ -1,7 +1,4 @@
-"""State shared by all parts of one controller: its options, the accepted tokens, and what it records.
-
-A module that serves an API has `routes(hub)` and uses this state.
-"""
+"""State shared by all parts of one controller: its options, the accepted tokens, and what it records."""
 
 from __future__ import annotations
 
