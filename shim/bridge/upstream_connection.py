@@ -1,7 +1,7 @@
 """One open upstream connection: message numbering, liveness, and confirmation of results.
 
 The controller does not acknowledge results. A result is confirmed by the reply to a later message on the same
-connection, because WebSocket messages arrive in order: the pong of a barrier ping, or a `heartbeat_ack`.
+connection, because WebSocket messages arrive in order: the pong of a fence ping, or a `heartbeat_ack`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class UpstreamConnection:
         self._heartbeats: dict[str, _InFlightHeartbeat] = {}
         self._statuses: deque[int] = deque(maxlen=MAX_TRACKED_HEARTBEATS)  # the orders of status reports
         self._results: deque[tuple[int, int]] = deque()  # (order, outbox seq)
-        self._barrier_ping: tuple[bytes, int] | None = None
+        self._fence_ping: tuple[bytes, int] | None = None
         self._application_seen = False
         self._bad_kinds: set[str] = set()
 
@@ -180,7 +180,7 @@ class UpstreamConnection:
         return sent.session
 
     def send_result(self, seq: int, request_id: str, payload: dict[str, Any]) -> None:
-        """Send a `command_result`, followed by a barrier ping whose pong confirms it.
+        """Send a `command_result`, followed by a fence ping whose pong confirms it.
 
         See CLOSED in docs/reference/protocol.md#3-commands.
         """
@@ -188,17 +188,17 @@ class UpstreamConnection:
             return
         self.send("command_result", payload, request_id)
         self._results.append((self._order, seq))
-        self._send_barrier_ping()
+        self._send_fence_ping()
 
-    def _send_barrier_ping(self) -> None:
+    def _send_fence_ping(self) -> None:
         """Send a ping behind the unconfirmed results, unless one is unanswered.
 
-        At most one barrier ping is under way. Results that were sent after it get the next one.
+        At most one fence ping is under way. Results that were sent after it get the next one.
         """
-        if self._barrier_ping is None and self._socket is not None and self._results:
+        if self._fence_ping is None and self._socket is not None and self._results:
             self._order += 1
             payload = b"fence-%d" % self._order
-            self._barrier_ping = (payload, self._order)
+            self._fence_ping = (payload, self._order)
             self._socket.ping(payload)
 
     def close(self, code: int) -> None:
@@ -228,7 +228,7 @@ class UpstreamConnection:
         now = self._ctx.now
         if not self._application_seen:
             self._application_seen = True
-            self._send_barrier_ping()  # a pong before the first message did not count: ask again
+            self._send_fence_ping()  # a pong before the first message did not count: ask again
         self._ctx.metrics.messages.labels("in", type_label(message.type)).inc()
         if message.replaced:
             self._ctx.metrics.invalid_characters.labels("controller").inc()
@@ -244,21 +244,21 @@ class UpstreamConnection:
             log.warning("frame_ignored", link=self.label, kind=kind)
 
     def on_pong(self, payload: bytes) -> None:
-        """Confirm the results before a barrier ping, if its pong counts.
+        """Confirm the results before a fence ping, if its pong counts.
 
         A pong shows only that the peer's WebSocket layer has read everything before its ping. A live proxy also answers
         pings for a stalled application. So a pong does not count if the application acknowledges heartbeats: then only
         acknowledgements do. Neither does it count before the application has sent a message, or while a first
         acknowledgement on this connection may still come.
         """
-        if self._barrier_ping is None or payload != self._barrier_ping[0]:
+        if self._fence_ping is None or payload != self._fence_ping[0]:
             return
-        order = self._barrier_ping[1]
-        self._barrier_ping = None
+        order = self._fence_ping[1]
+        self._fence_ping = None
         if self._application_seen and not self._liveness.may_ack(self._ctx.now):
             self._confirm_up_to(order)
         if self._results and self._results[-1][0] > order:
-            self._send_barrier_ping()
+            self._send_fence_ping()
 
     def on_closed(self, by_close_frame: bool, code: int, reason: str) -> None:
         """Report the end of the connection to the owner, unless the shim closed it."""
@@ -304,7 +304,7 @@ class UpstreamConnection:
             return
         if check.verdict is LivenessState.PING:
             self._socket.ping(b"alive")
-        self._send_barrier_ping()  # repeats a barrier whose pong came too early to count
+        self._send_fence_ping()  # repeats a fence whose pong came too early to count
         wait_s = max(check.next_s, 0.01)
         self._check_at_s = now + wait_s
         self._watch = self._ctx.timers.call_later(wait_s, lambda: self._check(self._ctx.now))

@@ -1,6 +1,6 @@
 """Stored data, and the operations that change it (docs/reference/protocol.md#3-commands).
 
-The core returns these operations as effects; a `ports.CommandStore` performs them. Times named `wall` or `…_unix` are
+The bridge creates the operations, and a `ports.CommandStore` performs them. Times named `wall` or `…_unix` are
 Unix seconds.
 """
 

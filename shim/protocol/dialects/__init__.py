@@ -1,6 +1,6 @@
-"""Legacy HTTP dialects: pure translation of the calls of one generation (docs/reference/protocol.md#1-legacy-side).
+"""Legacy HTTP dialects: pure translation of agents' calls, one module per family of routes.
 
-A dialect is one module of this package with
+The routes are in docs/reference/protocol.md#1-legacy-side. A dialect is one module of this package with
 
     NAME: str
     ROUTES: tuple[Route, ...]

@@ -3,10 +3,10 @@
 The first round trip sends `BEGIN`, the fencing update of the lease's row, and the operations. The update finds no row
 if another replica has taken the lease; then the batch fails. The second round trip sends `COMMIT`.
 
-A connection lost in the first round trip has stored nothing, so the batch is repeated. Only a `COMMIT` without answer
-is in doubt. The fencing update has written the batch's number into the lease's row: if the row still has that number,
-the batch was committed. The row is read in a transaction that itself waits for the standby, because a plain SELECT also
-returns commits that a failover may undo.
+A connection lost in the first round trip has stored nothing, so the batch is repeated. The outcome of a `COMMIT`
+without an answer is unknown. The fencing update has written the batch's number into the lease's row: if the row still
+has that number, the batch was committed. The row is read in a transaction that itself waits for the standby, because a
+plain SELECT also returns commits that a failover may undo.
 """
 
 from __future__ import annotations
