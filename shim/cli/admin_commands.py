@@ -37,7 +37,7 @@ def give_order(what: str, command_id: str, session: str, reason: str, where: dic
 def purge_command(command_id: str, session: str, reason: str, **where: Any) -> None:
     """Give up a command that waits for its agent, and inform the controller. Needs the admin token."""
     give_order("purge", command_id, session, reason, where)
-    click.echo(f"{command_id} is given up, and the controller is told (undeliverable)")
+    click.echo(f"{command_id} is given up, and the controller is informed (undeliverable)")
 
 
 @click.command("redeliver")

@@ -252,7 +252,7 @@ async def test_the_configuration_says_where_to_ask(tmp_path: Path, http: aiohttp
         file = tmp_path / "for-the-command.yaml"
         file.write_text(yaml.safe_dump({"admin": config["admin"] | {"port": int(shim.admin.rpartition(":")[2])}}))
         code, out, err = await run("purge", "k1", "--config", str(file), "--reason", "a test")
-        assert (code, out, err) == (0, "k1 is given up, and the controller is told (undeliverable)\n", "")
+        assert (code, out, err) == (0, "k1 is given up, and the controller is informed (undeliverable)\n", "")
         code, out, _ = await run("redeliver", "k1", "--config", str(file), "--reason", "a change of mind")
         assert (code, out) == (0, "k1 waits for its agent's next poll\n")
         told = await controller.until(type="command_result", direction="in")
