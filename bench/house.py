@@ -1,4 +1,4 @@
-"""Print the figures of the shipped package that tell how easy it is to read: `make house`. No gate is on them."""
+"""Print figures that show how easy the shipped package is to read: `make house`. No gate is on them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The store on PostgreSQL against bare psycopg, and against the file.
 
-A command that finds a held poll is stored as offered, then delivered: two submissions, each told before the next one
+A command that finds a held poll is stored as offered, then delivered: two submissions, each confirmed before the next
 comes. One that waits for a poll is stored, offered, delivered: three. Bare psycopg inserts a row of the same columns
 and deletes it, in pipelines of as many commands as are outstanding, with a commit for each of the two: the least that a
 durable queue can do.

@@ -1,4 +1,4 @@
-"""`make audit`: known vulnerabilities of what the image runs, by pip-audit, or the word that nobody could tell.
+"""`make audit`: known vulnerabilities of what the image runs, by pip-audit, or exit code 2 if they are unknown.
 
 pip-audit calls a package that its source of advisories does not have "skipped" and says "no known vulnerabilities
 found": behind a mirror without that service every package is. Here such a package counts as not audited.
@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def judge(report: list[dict[str, Any]]) -> int:
-    """Tell what pip-audit's report says; returns the exit code."""
+    """Print the result of pip-audit's report, and return the exit code."""
     wanted = {package.name for package in packages()}
     audited = {entry["name"] for entry in report if "skip_reason" not in entry}
     found = [(entry["name"], entry["version"], each) for entry in report for each in entry.get("vulns", ())]

@@ -62,7 +62,7 @@ def package(path: Path) -> str:
 def everything() -> dict[str, list[str]]:
     """Return all findings by package or page; those without a finding are left out."""
     found: dict[str, list[str]] = {}
-    for folder in ("shim", "devtools"):
+    for folder in ("shim", "devtools", "bench", "supply"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             found.setdefault(package(path), []).extend(f"{path.name}: {each}" for each in of_module(path))
     for page in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]):

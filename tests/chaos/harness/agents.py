@@ -91,7 +91,7 @@ NAMELESS = frozenset(cast.name for cast in CAST if cast.adopted)  # whom nobody 
 
 
 class _WatchedPool(Pool):
-    """What a call that is given up, or a dying process, had read whole it has received, even if nobody looked at it."""
+    """Connections that report each reply read whole, also if its call was given up or its process is dying."""
 
     def __init__(self, url: str, now_s: Callable[[], float], took: Callable[[bytes], object]) -> None:
         super().__init__(url, now_s)

@@ -340,7 +340,7 @@ class _Vouchers:
         self._slack_s = slack_s
 
     def vouch(self, at: float) -> bool:
-        """Whether a contact lies within the bound before `at`, or is under way then."""
+        """Return True if a contact lies within the bound before `at`, or is under way then."""
         slack_s = self._slack_s
         if any(since <= at + slack_s and end >= at - slack_s for since, end in self._spans):
             return True
@@ -426,7 +426,7 @@ def decodable(found: Case) -> Iterator[Violation]:
 
 
 def sound(found: Case) -> Iterator[Violation]:
-    """Nothing happened that no fault explains."""
+    """Yield everything that no fault explains."""
     for event in found.of(ev.Defect):
         yield Violation("sound", f"{event.at:.3f}", event.text)
 

@@ -1,4 +1,4 @@
-"""What the history of a run is made of: one event a line, written once, read by the checker and by people.
+"""Events of a run's history: one a line, written once, read by the checker and by people.
 
 `at` is monotonic seconds, the same clock in every process of one machine. `session` is the harness's own name for an
 agent whatever its ids are (`clusters_agent-1`); a command's id begins with it.

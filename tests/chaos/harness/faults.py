@@ -1,4 +1,4 @@
-"""What each fault of the schedule does. Every one ends what it began, also when it is cancelled."""
+"""Effects of the faults of the schedule. Each fault ends what it began, also when it is cancelled."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def mutated(data: bytes, rng: Random, *, gently: bool = False) -> bytes:
 
 
 def _value_replaced(data: bytearray, rng: Random) -> bytearray:
-    """What stands between a colon and the next comma or brace becomes something else."""
+    """Replace a value: the bytes between a colon and the next comma or brace."""
     starts = [index + 1 for index, byte in enumerate(data) if byte == 0x3A]
     if not starts:
         return data

@@ -48,7 +48,7 @@ def round_trip(connection: socket.socket, size_bytes: int = 1) -> float:
 
 
 def seen(fault: Callable[[], AbstractContextManager[None]], size_bytes: int = 1) -> str | float:
-    """What a connection that was open before sees of it: seconds, or the name of the error."""
+    """Return the effect on a connection that was open before: seconds, or the name of the error."""
     with socket.create_connection((network.FAR_ADDRESS, PORT), timeout=PATIENCE_S) as connection:
         round_trip(connection)
         with fault():

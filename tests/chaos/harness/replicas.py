@@ -84,7 +84,7 @@ class Node:
 
     @property
     def url(self) -> str:
-        """How its peers reach it."""
+        """The database's URL for the replicas."""
         return f"postgresql://shim@{self.address}:{DATABASE_PORT}/postgres?sslmode=disable"
 
     def init(self) -> None:
@@ -292,7 +292,7 @@ class Replicas:
         return self._recorder.events, settled_s
 
     async def _all_owned(self) -> bool:
-        """Whether the replicas have all shards between them."""
+        """Return True if every shard has an owner among the replicas."""
         owned = wanted = 0
         for keeper in self._keepers.values():
             async with self._session.get(f"{keeper.admin}/status.json") as response:
@@ -402,7 +402,7 @@ class Replicas:
 def figures(
     options: argparse.Namespace, history: Sequence[ev.AnyEvent], counts: Counter[str], settled_s: float
 ) -> dict[str, Any]:
-    """What a run came to."""
+    """Return the figures of a run."""
     found: Case = case(history)
     commands = list(found.commands.values())
     stops = [event.seconds for event in history if isinstance(event, ev.Stopped)]

@@ -1,4 +1,4 @@
-"""What rounds came to: counts, recovery times, violations; as data, and as a table for people."""
+"""Results of rounds: counts, recovery times, violations; as data, and as a table for people."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def detections(history: Sequence[ev.AnyEvent], kind: str) -> list[float]:
 
 
 def simulated() -> dict[str, Any]:
-    """What takes too long in real time: recovery with the shim's real settings, and a thousand shims at once."""
+    """Measure in simulated time: recovery with the real settings of the shim, and a thousand shims at once."""
     return {
         "virtual": {
             "link_back": distribution(returns_s(1000)),

@@ -41,7 +41,7 @@ _ODD = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one round does. `pace`: how much faster than real ones agents and the shim's time-outs are."""
+    """Plan of one round. Agents and the shim's time-outs are `pace` times as fast as real ones."""
 
     seed: int
     duration_s: float
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Played:
-    """What came of it."""
+    """Result of a round."""
 
     plan: Plan
     history: list[ev.AnyEvent]
@@ -96,7 +96,7 @@ def configuration(plan: Plan, upstream: str) -> dict[str, Any]:
 
 
 class Settling:
-    """What is still owed: accepted commands without an end, results without a report."""
+    """Accepted commands without an end, and results that were not reported yet."""
 
     def __init__(self) -> None:
         self._commands: dict[str, None] = {}
@@ -325,7 +325,7 @@ class Round:
         task.add_done_callback(self._tasks.discard)
 
     def _target(self, part: Part) -> dict[str, Any]:
-        """How the controller names the part; empty while it cannot."""
+        """Return the target by which the controller names the part; empty while it cannot."""
         if part.cast.adopted:
             return {"fields": {"cluster_id": part.cast.kept_id}}  # it never registered: no connection speaks for it
         if part.cast.dialect == "agents":
@@ -363,7 +363,7 @@ class Round:
 
 
 def stored(database: Path) -> Iterator[ev.AnyEvent]:
-    """What the shim's database knows in the end."""
+    """Read the shim's database after the round."""
     at = time.monotonic()
     connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
     try:

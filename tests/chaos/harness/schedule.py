@@ -1,4 +1,4 @@
-"""Which faults come when: a pure function of the seed. Times are seconds from the start of the fault phase.
+"""Schedule of the faults: a pure function of the seed. Times are seconds from the start of the fault phase.
 
 Faults are dealt from shuffled decks, one a lane, so that each kind comes before any comes again. Lanes run beside each
 other; within one a fault is over before the next begins.

@@ -177,7 +177,7 @@ class ShimKeeper:
 
     @contextmanager
     def down(self) -> Iterator[None]:
-        """It is not started while the block lasts."""
+        """Prevent the process from being started while the block lasts."""
         self._held += 1
         self._may_run.clear()
         try:

@@ -19,7 +19,7 @@ async def last(seconds: float) -> None:
 
 
 async def true_within(seconds: float, true: Callable[[], bool]) -> bool:
-    """Whether something outside this process, which can tell nobody, becomes true in time."""
+    """Wait until something outside this process is true, and return False if it is not in time."""
     until = time.monotonic() + seconds
     while not (found := true()) and time.monotonic() < until:
         await last(LOOK_S)

@@ -38,7 +38,7 @@ Segments = list[list[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came back on a connection, and what the server did because of it."""
+    """Outcome of requests: the bytes that came back on a connection, and their effects in the server."""
 
     replies: bytes
     closed: bool
