@@ -51,7 +51,8 @@ class AdminPort:
         Raises `OSError`, `HTTPException`.
         """
         connection = HTTPConnection(self.host, self.port, timeout=self.timeout_s)
-        watch = threading.Timer(self.whole_s, lambda: _cut(sock))
+        late = threading.Event()
+        watch = threading.Timer(self.whole_s, lambda: _cut(sock, late))
         watch.daemon = True
         try:
             within(self.timeout_s, connection.connect)
@@ -61,10 +62,18 @@ class AdminPort:
             watch.start()
             connection.request(method, path, body, {"Authorization": f"Bearer {self.token}"} if self.token else {})
             response = connection.getresponse()
-            return response.status, response.read(limit_bytes).decode("utf-8", "replace")
+            status, text = response.status, response.read(limit_bytes).decode("utf-8", "replace")
+        except (OSError, HTTPException):
+            if not late.is_set():
+                raise
+        else:
+            if not late.is_set():
+                return status, text
         finally:
             watch.cancel()
             connection.close()
+        # The end of the stream was made here, and must not be blamed on the other side.
+        raise TimeoutError(f"timed out after {self.whole_s:g} s")
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send one request and return the JSON object of the response. Raises click's error with a remedy."""
@@ -91,8 +100,9 @@ class AdminPort:
         return f"{said}; {self.login_remedy}"
 
 
-def _cut(sock: socket.socket) -> None:
+def _cut(sock: socket.socket, late: threading.Event) -> None:
     """End a response that does not end by itself: the reading thread then gets the end of the stream."""
+    late.set()
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
