@@ -167,8 +167,9 @@ class UpstreamLink:
     """One link to the controller. `token` is held in memory only.
 
     `connection` is the open connection, `up_connection` the same one while it may carry heartbeats and results: None
-    while registrations are still being replayed. `acks` is True if the controller acknowledges heartbeats, as far as
-    earlier connections have shown, or None.
+    while registrations are still being replayed. `changed_at` is the monotonic time since when the link has been
+    online, or needed without being online. `acks` is True if the controller acknowledges heartbeats, as far as earlier
+    connections have shown, or None.
     """
 
     def __init__(self, ctx: BridgeContext, owner: str, name: str, token: str, shared: LinkContext) -> None:
@@ -183,7 +184,7 @@ class UpstreamLink:
         upstream, now = ctx.settings.upstream, ctx.now
         backoff = Backoff(ctx.backoff_policy, ctx.rng)
         self.machine = LinkStateMachine(upstream.auth, backoff, own_token=upstream.own_tokens)
-        self.needed_at = now
+        self.needed_at = self.changed_at = now
         self.history = LinkHistory(now)
         self.metrics = LinkMetrics(ctx, shared.received_since)
         self.last_failure = ""
@@ -227,6 +228,8 @@ class UpstreamLink:
         state = self.machine.state
         self.up_connection = self.connection if state is LinkState.ONLINE else None
         if state is not before:
+            if LinkState.ONLINE in (before, state) or before is LinkState.IDLE:
+                self.changed_at = now
             # Logged at level info if a connection came or went, else at level debug.
             matters = before in _CONNECTED or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)
             (log.info if matters else log.debug)("link_state", link=self.name, state=state.value, was=before.value)

@@ -44,23 +44,13 @@ class Failover:
     Times are monotonic seconds. The state is evaluated on each call, so no timer is needed.
     """
 
-    def __init__(self, now: float) -> None:
-        self._up_since: float | None = None
-        self._down_since: float | None = now
+    def __init__(self) -> None:
         self.transport = Transport.WEBSOCKET
 
-    def update(self, now: float, *, up: bool, after_s: float, hold_down_s: float) -> Transport:
-        """Return the transport for a call at `now`. `up` is the present state of the link."""
-        if up:
-            self._down_since = None
-            self._up_since = now if self._up_since is None else self._up_since
-            if self.transport is Transport.HTTP and now - self._up_since >= hold_down_s:
-                self.transport = Transport.WEBSOCKET
-        else:
-            self._up_since = None
-            self._down_since = now if self._down_since is None else self._down_since
-            if now - self._down_since >= after_s:
-                self.transport = Transport.HTTP
+    def update(self, now: float, *, up: bool, since: float, after_s: float, hold_down_s: float) -> Transport:
+        """Return the transport for a call at `now`. The link has been up, or down, since `since`."""
+        if now - since >= (hold_down_s if up else after_s):
+            self.transport = Transport.WEBSOCKET if up else Transport.HTTP
         return self.transport
 
 

@@ -125,10 +125,16 @@ class FallbackPolicy:
         if failover is None:
             links = self._bridge.links
             self._failovers = {name: each for name, each in self._failovers.items() if links.find(name) is not None}
-            failover = self._failovers[link.name] = Failover(ctx.now)
+            failover = self._failovers[link.name] = Failover()
         before = failover.transport
         fallback = ctx.settings.fallback
-        way = failover.update(ctx.now, up=link.online, after_s=fallback.after_s, hold_down_s=fallback.hold_down_s)
+        way = failover.update(
+            ctx.now,
+            up=link.online,
+            since=link.changed_at,
+            after_s=fallback.after_s,
+            hold_down_s=fallback.hold_down_s,
+        )
         if way is not before:
             log.warning("failover", way=way.value, was=before.value)
         return way is Transport.HTTP

@@ -135,3 +135,25 @@ async def test_a_registration_by_http_counts_although_its_agent_leaves_while_it_
     assert serving.cancelled()
     assert world.metric("fallback_calls_total", outcome="2xx") == 1
     await passthrough.close()
+
+
+async def test_the_first_call_after_a_long_outage_goes_by_http_and_after_a_long_return_by_the_websocket(
+    make_world: MakeWorld,
+) -> None:
+    world = await make_world(**AUTO)
+    passthrough = FallbackPolicy(world.bridge)
+    agent = world.agent()
+    await agent.register()
+    world.controller.go_away()
+    await world.pass_s(9.9)
+    assert not by_http(passthrough, agent)
+    world.controller.come_back()
+    await world.pass_s(10)
+    world.controller.go_away()
+    await world.pass_s(9)
+    assert not by_http(passthrough, agent), "a link that came back between two calls has not been down all the time"
+    await world.pass_s(1)
+    assert by_http(passthrough, agent)
+    world.controller.come_back()
+    await world.pass_s(70)
+    assert not by_http(passthrough, agent)

@@ -28,36 +28,25 @@ def test_buckets_are_spread_evenly() -> None:
     assert 900 < inside < 1100
 
 
-def look(failover: Failover, now: float, up: bool) -> Transport:
-    return failover.update(now, up=up, after_s=10, hold_down_s=60)
+def look(failover: Failover, now: float, *, up: bool, since: float) -> Transport:
+    return failover.update(now, up=up, since=since, after_s=10, hold_down_s=60)
 
 
 def test_fails_over_after_a_while_and_comes_back_after_a_longer_while() -> None:
-    failover = Failover(0)
-    assert look(failover, 0, True) is Transport.WEBSOCKET
-    assert look(failover, 100, False) is Transport.WEBSOCKET
-    assert look(failover, 109.9, False) is Transport.WEBSOCKET
-    assert look(failover, 110, False) is Transport.HTTP
-    assert look(failover, 200, True) is Transport.HTTP
-    assert look(failover, 259, True) is Transport.HTTP
-    assert look(failover, 260, True) is Transport.WEBSOCKET
+    failover = Failover()
+    assert look(failover, 1, up=True, since=0) is Transport.WEBSOCKET
+    assert look(failover, 109.9, up=False, since=100) is Transport.WEBSOCKET
+    assert look(failover, 110, up=False, since=100) is Transport.HTTP
+    assert look(failover, 259, up=True, since=200) is Transport.HTTP
+    assert look(failover, 265, up=False, since=260) is Transport.HTTP
+    assert look(failover, 330, up=True, since=271) is Transport.HTTP
+    assert look(failover, 331, up=True, since=271) is Transport.WEBSOCKET
 
 
-def test_a_short_return_of_the_link_starts_the_hold_down_anew() -> None:
-    failover = Failover(0)
-    look(failover, 10, False)
-    look(failover, 20, False)
-    assert look(failover, 30, True) is Transport.HTTP
-    assert look(failover, 80, False) is Transport.HTTP
-    assert look(failover, 90, True) is Transport.HTTP
-    assert look(failover, 149, True) is Transport.HTTP
-    assert look(failover, 150, True) is Transport.WEBSOCKET
-
-
-def test_a_link_that_never_came_up_fails_over_too() -> None:
-    failover = Failover(5)
-    assert look(failover, 14.9, False) is Transport.WEBSOCKET
-    assert look(failover, 15, False) is Transport.HTTP
+def test_the_time_counts_from_the_change_of_the_link_not_from_the_first_call_after_it() -> None:
+    failover = Failover()
+    assert look(failover, 110, up=False, since=100) is Transport.HTTP
+    assert look(failover, 300, up=True, since=240) is Transport.WEBSOCKET
 
 
 def test_the_breaker_opens_after_three_failures_ever_longer_and_closes_with_a_success() -> None:
