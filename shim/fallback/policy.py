@@ -163,7 +163,7 @@ class FallbackPolicy:
             self._record(request, reason=str(error))
             if isinstance(call, PollCall) and self._bridge.http_fallback.waiting(request.caller, call):
                 return await self._bridge.http_fallback.merge(request.caller, call, [], request.arrived_s)
-            return self._on_unreachable(request)
+            return self._on_unreachable(request, error)
         try:
             if isinstance(call, RegisterCall) and reply.status in TELLING and isinstance(reply.body, bytes):
                 told = self._read(reply) or {}
@@ -231,7 +231,7 @@ class FallbackPolicy:
         else:
             self._breaker.succeeded()
 
-    def _on_unreachable(self, request: ProxyRequest) -> ProxyResponse | None:
+    def _on_unreachable(self, request: ProxyRequest, error: Unreachable) -> ProxyResponse | None:
         """Return the reply to a call while the API is unreachable, or None if the bridge must serve the call.
 
         The bridge serves it in mode `auto`, except for an unparsed call or one whose body was consumed. Mode `http` and
@@ -239,7 +239,7 @@ class FallbackPolicy:
         """
         if self._bridge.ctx.settings.mode == "auto" and isinstance(request.body, bytes) and request.call is not None:
             return None
-        return unreachable_reply()
+        return unreachable_reply(error)
 
     async def _merged(self, request: ProxyRequest, call: PollCall, reply: ProxyResponse) -> ProxyResponse | CallResult:
         """Merge the stored commands into the reply to a poll, before the API's own commands.

@@ -42,7 +42,10 @@ HOP_BY_HOP = frozenset(
 
 
 class Unreachable(ShimError):
-    """An error of a request to the vendor's HTTP API, raised before any part of a reply was passed on."""
+    """An error of a request to the vendor's HTTP API, raised before any part of a reply was passed on.
+
+    Its text is for agents, log and status, and holds no secret.
+    """
 
 
 class ReverseProxy:
@@ -116,7 +119,7 @@ async def _read(content: aiohttp.StreamReader, budget: Budget) -> bytes:
     try:
         async for piece in content.iter_any():
             if not budget.reserve(len(piece)):
-                raise Unreachable("the vendor's HTTP API sent more than can be read at a time")
+                raise Unreachable("it sent more than can be read at a time")
             size += len(piece)
             parts.append(piece)
     finally:
@@ -133,15 +136,18 @@ def _inflate(body: bytes) -> bytes:
     try:
         plain = decoder.decompress(body, MAX_READ_BYTES)
     except zlib.error:
-        raise Unreachable("the vendor's HTTP API sent a body that is not gzip") from None
+        raise Unreachable("it sent a body that is not gzip") from None
     if not decoder.eof:
-        raise Unreachable("the vendor's HTTP API sent a reply that is too large to read")
+        raise Unreachable("it sent a reply that is too large to read")
     return plain
 
 
-def unreachable_reply() -> ProxyResponse:
-    """Return the 502 for an agent whose only transport is the unreachable API."""
-    body = msgspec.json.encode({"success": False, "error": "the vendor's HTTP API cannot be reached"})
+def unreachable_reply(error: Unreachable) -> ProxyResponse:
+    """Return the 502 for an agent whose only transport is the unreachable API.
+
+    It has the reason, because that may be a key of the shim's own configuration, with which the API has nothing to do.
+    """
+    body = msgspec.json.encode({"success": False, "error": f"no answer of the vendor's HTTP API: {error}"})
     return ProxyResponse(502, (("Content-Type", "application/json"),), body)
 
 

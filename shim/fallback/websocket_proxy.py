@@ -142,7 +142,9 @@ class WebSocketProxy:
         retry_after_s = None if failure.retry_after_s is None else int(min(failure.retry_after_s, 300.0))
         if refused:
             return AgentError(failure.status, "the controller refuses the handshake", retry_after_s=retry_after_s)
-        return AgentError(502, "the controller cannot be reached", retry_after_s=retry_after_s)
+        # The detail may name a key of the shim's own configuration, with which the controller has nothing to do.
+        detail = f": {failure.detail}" if failure.detail and not failure.status else ""
+        return AgentError(502, f"the controller cannot be reached{detail}", retry_after_s=retry_after_s)
 
 
 class Carried:

@@ -404,13 +404,15 @@ def _of_fallback(status: Status) -> Iterator[Problem]:
 
 
 def _fallback_hint(status: int | None) -> str:
+    if not status:
+        return "agent-shim doctor examines the way to it and the shim's own configuration."
     if status in (401, 403):
         return "The agent's token is not accepted there: fallback.use_upstream_token sends the shim's own."
     if status == 404:
         return "Is fallback.url the vendor's API, with its base path?"
-    if status is not None and 300 <= status < 400:
+    if 300 <= status < 400:
         return "fallback.url must be the address itself: agents are handed the redirect as it is."
-    return REFUSED_HINTS.get(status or 0, "The vendor's side; a return to mode websocket needs no agent's restart.")
+    return REFUSED_HINTS.get(status, "The vendor's side; a return to mode websocket needs no agent's restart.")
 
 
 # --- replicas, drain --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 import pytest_asyncio
 import trustme
 
@@ -291,6 +292,38 @@ async def test_http_mode_without_the_api_says_so(tmp_path: Path, http: aiohttp.C
             f"{shim.url}/api/v1/clusters/agent/register", json={"agent_id": "a", "name": "n"}
         ) as answer:
             assert (answer.status, (await answer.json())["success"]) == (502, False)
+
+
+@pytest.mark.parametrize(
+    "file, content, key",
+    [
+        ("token", "", "upstream.token_file"),
+        ("token", "two words", "upstream.token_file"),
+        ("ca.pem", "x", "fallback.ca_file"),
+    ],
+)
+async def test_a_fault_of_the_shims_own_files_is_not_blamed_on_the_api(
+    tmp_path: Path, http: aiohttp.ClientSession, file: str, content: str, key: str
+) -> None:
+    async with world(tmp_path, FAST) as (shim, controller):
+        (tmp_path / "token").write_text(TOKEN)
+        trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+        upstream = {"url": controller.url, "token": "", "token_file": str(tmp_path / "token")}
+        https = controller.url.replace("http:", "https:")
+        fallback = {"url": https, "ca_file": str(tmp_path / "ca.pem"), "use_upstream_token": True}
+        shim.write({"mode": "http", "upstream": upstream, "fallback": fallback})
+        await shim.start()
+        (tmp_path / file).write_text(content)
+        async with http.get(f"{shim.url}/api/v1/clusters/agent/c-1/poll") as response:
+            assert response.status == 502
+            error = (await response.json())["error"]
+        assert error.startswith(f"no answer of the vendor's HTTP API: {key}: ")
+        assert content == "x" or not any(word in error for word in content.split())
+        async with http.get(f"{shim.admin}/status.json") as response:
+            (problem,) = (await response.json())["overall"]["problems"]
+        assert problem["code"] == "fallback_failing"
+        assert key in problem["text"]
+        assert "doctor" in problem["hint"]
 
 
 async def test_a_switch_drops_no_connection_and_a_crash_in_the_middle_of_it_loses_nothing(tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ async def test_a_handshake_whose_query_cannot_be_read_is_refused_and_is_no_defec
         assert "defect" not in "\n".join(shim.lines)
 
 
+async def test_a_file_of_the_shim_that_cannot_be_used_is_named_in_the_answer(tmp_path: Path) -> None:
+    upstream = {"url": "https://127.0.0.1:9", "ca_file": str(tmp_path / "none.pem")}
+    async with world(tmp_path, {**FAST, "upstream": upstream}) as (shim, _):
+        await shim.start()
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(ws_url(shim), additional_headers={"Authorization": f"Bearer {TOKEN}"})
+        assert refused.value.response.status_code == 502
+        assert b"upstream.ca_file: No such file" in refused.value.response.body
+
+
 async def test_a_refused_token_and_an_absent_controller_are_told_as_they_are(tmp_path: Path) -> None:
     async with world(tmp_path, FAST) as (shim, controller):
         await shim.start()

@@ -388,6 +388,7 @@ def test_a_way_back_that_fails_is_never_shown_as_well(mode: str) -> None:
     found = summarise(status(mode=mode, fallback="https://old.test", fallback_calls=fallback(None, failed=0, calls=0)))
     assert found["code"] == "fallback_failed"
     assert "the last call, 1 min ago: no answer heartbeat" in found["text"]
+    assert "doctor" in found["problems"][0]["hint"]
     old = summarise(status(mode=mode, fallback="https://old.test", fallback_calls=fallback(401, used=False)))
     assert old["level"] == "good"
 
