@@ -39,10 +39,12 @@ CHECK_S = 1.0
 def check_database(path: Path) -> None:
     """Raise `StoreVersionError` for a database that needs a newer shim, `StoreError` for another application's.
 
-    Nothing is written, so a running shim may have the database open.
+    A text file is an error, too. Nothing is written, so a running shim may have the database open. Raises `OSError`.
     """
     check_files(path)
-    schema.check_untouched(Path(os.path.realpath(path)), CHECK_S)
+    path = Path(os.path.realpath(path))
+    files.require_no_text(path)
+    schema.check_untouched(path, CHECK_S)
 
 
 def check_files(path: Path) -> None:

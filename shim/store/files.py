@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -19,6 +20,7 @@ LOCK_SUFFIX = ".lock"
 # replacement of the files and the next check is lost at the next restart, as is everything in the replaced files.
 CHECK_INTERVAL_S = 0.05
 _HEADER = b"SQLite format 3\x00"
+_TEXT_BYTES = 1 << 20
 
 
 _KINDS = (
@@ -122,6 +124,20 @@ def has_bad_header(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(len(_HEADER))
     return (len(head) > 1 and head != _HEADER) or (not head and has_log(path))
+
+
+def require_no_text(path: Path) -> None:
+    """Raise `StoreError` if the file is a text: it was never a database, and may be needed elsewhere. Raises `OSError`.
+
+    Every database contains NUL characters. A text beside a log is not meant: it has taken the place of a database.
+    """
+    with path.open("rb") as file:
+        head = file.read(_TEXT_BYTES)
+    if len(head) < 2 or b"\x00" in head or has_log(path):
+        return
+    with contextlib.suppress(UnicodeDecodeError):
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _TEXT_BYTES)
+        raise StoreError(f"store.path must name a database, or no file yet: {path} is a text file")
 
 
 def is_truncated(path: Path, page_bytes: int) -> bool:

@@ -159,6 +159,7 @@ class SqliteStore(QueuedStore):
             exists = self._path.exists()
             warnings = lock.acquire_database() if exists else ()
             if exists:
+                files.require_no_text(self._path)
                 if files.has_bad_header(self._path):
                     raise _CorruptError("the file is no database")
                 schema.check_untouched(self._path, self._busy_timeout_s)

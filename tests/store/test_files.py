@@ -185,12 +185,27 @@ def assert_replaced(stores: Stores, path: Path, number: int = 1) -> StoreContent
 
 
 @pytest.mark.parametrize(
-    "content", [b"xy", b"SQLite format 3\x00", b"garbage" * 10_000], ids=["short", "head", "garbage"]
+    "content", [b"x\xff", b"SQLite format 3\x00", b"garbage\x00" * 10_000], ids=["short", "head", "garbage"]
 )
 def test_what_is_no_database_is_moved_aside_as_it_is(stores: Stores, path: Path, content: bytes) -> None:
     path.write_bytes(content)
     moved = Path(assert_replaced(stores, path).moved_aside)
     assert moved.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"xy", b"host-1\n", b"mode: websocket\n", "ä".encode() * (1 << 20)])
+def test_a_text_file_was_never_a_database_and_stays_where_it_is(stores: Stores, path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"store\.path must name a database, or no file yet: .* is a text file"):
+        stores.open(path)
+    assert path.read_bytes() == content
+    assert not list(path.parent.glob("*corrupt*"))
+
+
+def test_a_text_beside_a_log_has_taken_the_place_of_a_database(stores: Stores, path: Path) -> None:
+    path.write_bytes(b"text")
+    Path(f"{path}-wal").write_bytes(b"log")
+    assert_replaced(stores, path)
 
 
 @pytest.mark.parametrize("cut", [50, 100, 4095, 4096, 3 * 4096, 3 * 4096 + 100, -1, -4096, -100_000])
@@ -231,12 +246,12 @@ def test_companions_are_moved_along_and_nothing_is_overwritten(stores: Stores, p
 
 
 def test_when_no_new_database_can_be_made_the_error_says_where_the_old_one_is(stores: Stores, path: Path) -> None:
-    path.write_bytes(b"garbage")
+    path.write_bytes(b"garbage\x00")
     # The new database's journal cannot be created: its name is taken by a directory.
     Path(f"{path}-journal").mkdir()
     with pytest.raises(StoreError, match=r"was moved to .*shim\.db\.corrupt-1"):
         stores.open(path)
-    assert Path(f"{path}.corrupt-1").read_bytes() == b"garbage"
+    assert Path(f"{path}.corrupt-1").read_bytes() == b"garbage\x00"
 
 
 # --- trouble that is no damage ----------------------------------------------------------------------------------------
@@ -351,7 +366,7 @@ def test_a_removed_lock_file_does_not_open_it_twice(stores: Stores, path: Path) 
 
 
 def test_a_database_that_replaced_a_corrupt_one_is_locked_too(stores: Stores, path: Path) -> None:
-    path.write_bytes(b"garbage")
+    path.write_bytes(b"garbage\x00")
     first, loaded = stores.open(path)
     assert loaded.moved_aside
     path.with_name("shim.db.lock").unlink()

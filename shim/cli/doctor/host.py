@@ -213,7 +213,7 @@ def _contents(path: Path, running: RunningShim) -> Iterator[Finding]:
         return
     try:
         check_database(path)
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         todo = "run the newer version, or give this one a store.path of its own"
         yield failed("database", str(error), todo)
         return

@@ -45,6 +45,14 @@ async def test_a_store_in_memory(doctor: Doctor) -> None:
     found.expect("store", "WARN", "nothing survives")
 
 
+async def test_a_text_file_in_the_place_of_the_store(doctor: Doctor) -> None:
+    path = doctor.folder / "settings.yaml"
+    path.write_text("mode: websocket\n")
+    found = await doctor.examine(store={"path": str(path)}, upstream=NOWHERE)
+    found.expect("database", "FAIL", f"{path} is a text file", "a store.path of its own")
+    assert path.read_text() == "mode: websocket\n"
+
+
 async def test_a_store_where_nothing_can_be_written(doctor: Doctor) -> None:
     found = await doctor.examine(store={"path": "/sys/kernel/agent-shim.db"}, upstream=NOWHERE)
     found.expect("store", "FAIL", "cannot be written", "the user")
