@@ -21,7 +21,7 @@ NODE_DEPS := $(if $(shell command -v npm 2>/dev/null),$(CLIENTS)/node_modules/.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test cov faults fuzz mutation bench walks house demo run chart docs docs-site lock audit wheels sbom licenses clean
+.PHONY: help install check test cov faults fuzz mutation bench walks house demo run picture chart docs docs-site lock audit wheels sbom licenses clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,11 @@ docs: $(DEV) ## draw the state machines in docs/ from their tables
 
 docs-site: $(DEV) ## build the documents as a site into build/site; a dead link or an orphan page is an error
 	$(BIN)/mkdocs build --quiet
+
+picture: export AGENT_SHIM_REQUIRE_TOOLS := 1
+picture: export AGENT_SHIM_PICTURE := docs/status-page.png
+picture: $(DEV) $(NODE_DEPS) ## take docs/status-page.png anew: the status page after a busy hour, in a real browser
+	$(BIN)/python -m pytest --quiet "tests/browser/test_status_look.py::test_a_busy_hour_on_a_desk"
 
 chart: $(DEV) ## write the chart's schema and README and the Kustomize components from their sources
 	$(BIN)/python helm/generate.py

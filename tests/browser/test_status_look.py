@@ -1,6 +1,6 @@
 """How the page looks after a busy hour, which virtual time makes: on a phone, in the dark, to those who cannot see it.
 
-With AGENT_SHIM_PICTURE=FILE.png the picture of the README is taken anew.
+`make picture` takes the picture of the README anew, by AGENT_SHIM_PICTURE=FILE.png.
 """
 
 from __future__ import annotations

@@ -397,7 +397,7 @@ const RECENT_SHOWN = 3;
 function showCommands(status) {
   const { commands } = status;
   const { latency: times } = commands;
-  put($("latency-summary"), times.commands ? `half in ${latency(times.p50_s)}, 95 % in ${latency(times.p95_s)}` : "arrival to agent");
+  put($("latency-summary"), times.commands ? `half in ${latency(times.p50_s)}, 95 % in ${latency(times.p95_s)}` : "");
   const queued = commands.waiting + commands.offered;
   const waiting = commands.items.slice(0, WAITING_SHOWN);
   put($("commands-count"), queued ? `${queued.toLocaleString("en")} here, ${bytes(commands.bytes)}${queued > waiting.length ? `; the oldest ${waiting.length} shown` : ""}` : "");
@@ -490,26 +490,12 @@ function axes(unit) {
   ];
 }
 
-// The guide's limit of 100 ms as a dashed line.
-function limitLine(plot) {
-  const y = plot.valToPos(100, "y", true);
-  const { ctx, bbox } = plot;
-  ctx.save();
-  ctx.strokeStyle = colour("--warning");
-  ctx.setLineDash([6, 5]);
-  ctx.beginPath();
-  ctx.moveTo(bbox.left, y);
-  ctx.lineTo(bbox.left + bbox.width, y);
-  ctx.stroke();
-  ctx.restore();
-}
-
 // From milliseconds to the half minute of an agent that polls rarely: only a logarithm shows both.
 const TIMES = { distr: 3, log: 10, range: (_, low, high) => [1, Math.max(300, high * 1.6)] };
 const RATES = { range: (_, low, high) => [0, Math.max(1, high * 1.15)] };
 const NUMBERS = { range: (_, low, high) => [0, Math.max(4, high * 1.15)] };
 
-function plot(place, unit, lines, y, draw) {
+function plot(place, unit, lines, y) {
   place.replaceChildren();
   // Without a cursor the key shows the newest value.
   const ms = (made, given, column, index) => {
@@ -524,7 +510,6 @@ function plot(place, unit, lines, y, draw) {
     scales: { x: { time: true, range: () => [plots.data.at.at(-1) - frame, plots.data.at.at(-1)] }, y },
     axes: axes(unit),
     series: [{ label: "", value: (_, at) => (at ? clock(at) : "latest") }, ...series],
-    hooks: draw ? { draw: [draw] } : {},
   }, [[], ...lines.map(() => [])], place);
   place.append(el("p", { class: "empty", hidden: true }));
   return made;
@@ -534,7 +519,7 @@ function makePlots() {
   const soft = colour("--good-soft");
   const stepped = { paths: uPlot.paths.stepped({ align: 1 }) };
   plots.all = [
-    plot($("latency"), "ms", [["95 % in", "--accent", {}], ["half in", "--good", {}]], TIMES, limitLine),
+    plot($("latency"), "ms", [["95 % in", "--accent", {}], ["half in", "--good", {}]], TIMES),
     plot($("depth"), "", [["commands", "--accent", { ...stepped, fill: soft }], ["results", "--warning", stepped]], NUMBERS),
     plot($("calls"), "/s", [["calls", "--accent", stepped], ["errors", "--bad", stepped]], RATES),
   ];
