@@ -65,8 +65,11 @@ class ReplicaClient:
 class ClusterAdmin:
     """Handler of the admin actions of other replicas; reports agents that speak WebSocket themselves to the owner."""
 
-    def __init__(self, subject: Subject, client: ReplicaClient, locator: ShardLocator, spawn: Spawn) -> None:
+    def __init__(
+        self, subject: Subject, client: ReplicaClient, membership: Membership, locator: ShardLocator, spawn: Spawn
+    ) -> None:
         self._subject = subject
+        self._membership = membership
         self._actions = subject.admin_actions
         self._api = CommandApi(subject)
         self._client = client
@@ -94,11 +97,16 @@ class ClusterAdmin:
         return await self._api.here(action, target, body)
 
     async def run(self) -> None:
-        """Poll the progress of other replicas during a drain, until cancelled."""
+        """Join a drain that goes on when this replica starts; poll the others' progress in a drain. Until cancelled."""
+        starting = True  # until all other replicas have been asked once
         while True:
-            await asyncio.sleep(PROGRESS_S)
-            if self._actions.draining or self._actions.drains_elsewhere:
-                await self._subject.ask_others("progress", "", b"", required=False)
+            if starting or self._actions.draining or self._actions.drains_elsewhere:
+                answers = await self._subject.ask_others("progress", "", b"", required=False)
+                self._actions.follow(join=starting)
+                view, answered = self._membership.view.members, {name for name, _ in answers}
+                unasked = any(each.name not in answered for each in self._membership.others())
+                starting = starting and (unasked or self._membership.me.process not in view)
+            await self._membership.wait_for_change(PROGRESS_S)
 
     def websocket_event(self, event: WebSocketEvent) -> None:
         """Record an event of an agent that speaks WebSocket itself, here or at the owner of its shard."""

@@ -73,7 +73,10 @@ class RemoteReceipt:
         self.carrier.notify(Note.WRITTEN)
 
     def connection_open(self, until_s: float) -> bool:
-        """Notify the owner up to when the agent's connection was open; False once the offer is uncertain."""
+        """Notify the owner up to when the agent's connection was open; False once no report can be evidence any longer.
+
+        An unknown time (-inf) is not sent, and ends nothing: the next report may know it again.
+        """
         on_owners_clock = self.offset.to_peer(until_s)
         if on_owners_clock is not None and math.isfinite(on_owners_clock):
             self.carrier.notify_open(on_owners_clock)

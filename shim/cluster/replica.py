@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from shim.agent_api import Backends
 from shim.agent_api.internal import OPERATOR, ClusterListener
-from shim.bridge import BridgeContext
+from shim.bridge import Bridge, BridgeContext
 from shim.cluster.admin_actions import ClusterAdmin, ReplicaClient
 from shim.cluster.connection_pool import ConnectionPool, make_identity
 from shim.cluster.database import Database
@@ -114,7 +114,9 @@ class Replica:
         self.membership = Membership(
             database, me, agreed(settings), self._policy, context.clock, context.timers, self._lease_lost
         )
-        self.shards = ShardManager(self.membership, self._make_shard, context.clock, context.spawn, self._metrics)
+        self.shards = ShardManager(
+            self.membership, self._make_shard, self._opened, context.clock, context.spawn, self._metrics
+        )
         self.addresses: dict[str, str] = {}
         self._owner_key = b""
         self._pool = ConnectionPool()
@@ -124,7 +126,7 @@ class Replica:
         client = ReplicaClient(self.membership, self._admin_pool)
         about = partial(replicas_status, self.membership, self.shards)
         self.subject = Subject(self._ctx, self.shards.bridges, about, client.ask_others)
-        self._admin = ClusterAdmin(self.subject, client, self._locator, context.spawn_isolated)
+        self._admin = ClusterAdmin(self.subject, client, self.membership, self._locator, context.spawn_isolated)
         self.agent_service = self.evidence = Router(self._locator, self._current)
         self.forwarder = ReplicaForwarder(
             self._locator,
@@ -164,6 +166,9 @@ class Replica:
         shard.bridge.ctx.fallback = self._ctx.fallback
         shard.bridge.ctx.refused_calls = self._ctx.refused_calls
         return shard
+
+    def _opened(self, bridge: Bridge) -> None:
+        self.subject.admin_actions.include(bridge)
 
     def _make_listener(self) -> ClusterListener:
         settings, context = self._settings, self._runtime_context

@@ -35,14 +35,21 @@ MakeShard = Callable[[int, int], Shard]
 
 
 class ShardManager:
-    """Shards of this replica. `count` must be set before `run`."""
+    """Shards of this replica. `count` must be set before `run`; `opened` is called with the bridge of each."""
 
     def __init__(
-        self, membership: Membership, make: MakeShard, clock: Clock, spawn: Spawn, metrics: ClusterMetrics
+        self,
+        membership: Membership,
+        make: MakeShard,
+        opened: Callable[[Bridge], None],
+        clock: Clock,
+        spawn: Spawn,
+        metrics: ClusterMetrics,
     ) -> None:
         self.count = 0
         self._membership = membership
         self._make = make
+        self._opened = opened
         self._clock = clock
         self._spawn = spawn
         self._metrics = metrics
@@ -145,6 +152,7 @@ class ShardManager:
             await shard.close()  # the lease ended meanwhile
             self._shards.pop(number, None)
             return
+        self._opened(shard.bridge)
         self._metrics.taken.inc()
         self._count()
         log.info("shard_taken", shard=number, fence=fence)

@@ -22,26 +22,31 @@ from shim.core.command_queue import SHOWN_COMMANDS, CommandQueue, RecentCommand
 from shim.core.records import CommandDetails, CommandRecord, SessionKey
 from shim.core.sessions import Session
 from shim.errors import OperatorError
+from shim.ports import Clock
 
 
 class Actions:
-    """An operator's actions on all bridges of this process. With shards, a drain covers those owned when it starts.
+    """An operator's actions on all bridges of this process, also on those that are opened during a drain.
 
     `drains_elsewhere` has the latest known progress of other replicas' drains, by the replica's name.
     """
 
-    def __init__(self, bridges: Callable[[], Sequence[Bridge]]) -> None:
+    def __init__(self, bridges: Callable[[], Sequence[Bridge]], clock: Clock) -> None:
         self._bridges = bridges
+        self._clock = clock
+        self._drain: Drain | None = None  # of this process, whichever bridges it has
+        self._joined = False  # the drain was learnt from another replica
         self.drains_elsewhere: dict[str, Drain] = {}
 
     @property
     def draining(self) -> bool:
         """True while this process rejects new commands because of a drain."""
-        return any(bridge.admin_actions.draining for bridge in self._bridges())
+        return self._drain is not None
 
     def progress_here(self) -> Drain:
         """Return the progress of this process's drain."""
-        return together([bridge.admin_actions.progress() for bridge in self._bridges()])
+        mine = [] if self._drain is None else [self._drain]
+        return together([*mine, *(bridge.admin_actions.progress() for bridge in self._bridges())])
 
     def progress(self) -> Drain:
         """Return the progress of the drain at all replicas."""
@@ -53,11 +58,34 @@ class Actions:
 
     def drain(self, timeout_s: float) -> Drain:
         """Start a drain: reject new commands until the queued ones are delivered and the results are sent."""
-        return together([bridge.admin_actions.drain(timeout_s) for bridge in self._bridges()])
+        wall = self._clock.wall_s()
+        since = wall if self._drain is None else self._drain.since_unix
+        self._drain = Drain(DrainState.DRAINED, since, wall + timeout_s, 0, 0, 0)
+        self._joined = False
+        for bridge in self._bridges():
+            bridge.admin_actions.drain(timeout_s)
+        return self.progress_here()
+
+    def include(self, bridge: Bridge) -> None:
+        """Have a bridge that was just opened take part in the drain, if there is one."""
+        if self._drain is not None:
+            bridge.admin_actions.drain(max(0.0, self._drain.deadline_unix - self._clock.wall_s()))
+
+    def follow(self, *, join: bool) -> None:
+        """With `join`, take part in a drain of another replica. End such a drain once no other replica drains."""
+        deadlines = [each.deadline_unix for each in self.drains_elsewhere.values() if each.since_unix]
+        if join and deadlines and self._drain is None:
+            self.drain(max(0.0, max(deadlines) - self._clock.wall_s()))
+            self._joined = True
+        elif self._joined and self.drains_elsewhere and not deadlines:
+            self.resume()
 
     def resume(self) -> Drain:
         """End the drain and accept commands again."""
-        return together([bridge.admin_actions.resume() for bridge in self._bridges()])
+        self._drain, self._joined = None, False
+        for bridge in self._bridges():
+            bridge.admin_actions.resume()
+        return self.progress_here()
 
     async def find(self, command_id: str) -> list[CommandDetails]:
         """Return all commands with this id. Raises `OperatorError`."""
@@ -132,7 +160,7 @@ class Subject:
         self.ctx = ctx
         self.stopping = False
         self.replicas = replicas
-        self.admin_actions = Actions(bridges)
+        self.admin_actions = Actions(bridges, ctx.clock)
         self._bridges = bridges
         self._ask_others = ask_others
         self._hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)

@@ -9,9 +9,11 @@ import pytest
 
 pytest.importorskip("psycopg")
 
+from shim.bridge.admin_actions import Drain, DrainState
 from shim.cluster.admin_actions import ReplicaClient
 from shim.core.shards import Member
 from shim.errors import OperatorError
+from shim.management.subject import Actions
 from tests.support.replicas import ENDED, elsewhere, gateway
 
 UNKNOWN, AWAY, LATE = OperatorError(404, "unknown"), OperatorError(503, "b does not answer"), OperatorError(409, "late")
@@ -53,6 +55,32 @@ async def test_a_reason_is_told_if_an_answer_is_needed_and_none_came(reason: Ope
 async def test_nobody_knows_it() -> None:
     assert await Answering(a=UNKNOWN, b=UNKNOWN).ask_others("purge", "c-1", b"", required=True) == []
     assert await Answering().ask_others("purge", "c-1", b"", required=True) == []
+
+
+class StandingClock:
+    def wall_s(self) -> float:
+        return 1000.0
+
+    def monotonic_s(self) -> float:
+        return 0.0
+
+
+def test_only_a_drain_that_was_learnt_from_others_ends_with_theirs() -> None:
+    actions = Actions(list, StandingClock())
+    on, off = Drain(DrainState.DRAINING, 990.0, 1060.0, 1, 0, 0), Drain(DrainState.OFF, 0.0, 0.0, 0, 0, 0)
+    actions.record_elsewhere({"a": on, "b": off})
+    actions.follow(join=False)
+    assert not actions.draining, "a replica that is there already was told, or the drain was cancelled"
+    actions.follow(join=True)
+    assert actions.progress_here().deadline_unix == 1060.0
+    for others, goes_on in (({"a": off, "b": on}, True), ({}, True), ({"a": off, "b": off}, False)):
+        actions.record_elsewhere(others)
+        actions.follow(join=False)
+        assert actions.draining is goes_on
+    actions.drain(60)
+    actions.record_elsewhere({"a": off})
+    actions.follow(join=True)
+    assert actions.draining, "this one was told to drain"
 
 
 # --- on real processes ----------------------------------------------------------------------------------------------
@@ -103,3 +131,25 @@ async def test_a_person_may_ask_any_replica(tmp_path: Path, pg_url: str) -> None
         await gate.until_drain(owner, "draining", "drained")
         assert (await gate.do(owner, "DELETE", "/drain"))[0] == 200
         await gate.until_drain(other, "off")
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(240)
+async def test_a_replica_that_starts_during_a_drain_takes_part_in_it(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        (a,) = await gate.add("a")
+        await gate.settled(a)
+        assert (await gate.do(a, "POST", "/drain", {"timeout_s": 600}))[0] == 200
+        (b,) = await gate.add("b")
+        await gate.settled(a, b)
+        await gate.until_drain(b, "draining", "drained")
+        assert await a.stop() == 0  # the shards that come from it drain, too
+        await gate.settled(b)
+        agent = gate.agent(1)
+        await agent.register(b)
+        await gate.push(agent, "refused")
+        found = await gate.controller.control("GET", "/control/commands/refused?wait=result&timeout_s=60")
+        assert found["results"][0]["payload"]["code"] == "queue_full"
+        assert (await gate.do(b, "DELETE", "/drain"))[0] == 200
+        await gate.push(agent, "taken")
+        await gate.until_state(b, "taken", "queued")
