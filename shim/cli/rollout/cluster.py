@@ -257,8 +257,11 @@ def read_status(answer: object) -> Status:
 def add_status(cluster: Cluster, status: Status, now: float) -> None:
     """Add what one shim of a cluster reports. Several shims of a cluster are summed up; the latest change counts.
 
+    A shim that answered already, at another address, is left out: its failures would count twice.
     `now` is the Unix time here: the times of a shim whose clock is wrong are corrected by the difference.
     """
+    if status.started_at in cluster.started:
+        return
     rollout, agents, sessions = status.rollout, status.rollout.agents, status.sessions
     ahead_s = status.now - now
     if abs(ahead_s) > CLOCK_S:

@@ -49,8 +49,10 @@ def status(**changes: Any) -> dict[str, Any]:
 def test_several_shims_of_a_cluster_are_one_row() -> None:
     row = Cluster(name="prod")
     add_status(row, read_status(status()), NOW)
+    add_status(row, read_status(status()), NOW)  # the same one at another address
     other = status(
         version="1.1",
+        started_at=NOW - 7,
         rollout__percent=50,
         rollout__since=NOW - 5,
         rollout__agents={"total": 2, "inside": 0, "items": []},
