@@ -63,7 +63,7 @@ class AgentProfile:
     @property
     def drains(self) -> bool:
         """Return True if the agent polls: the profile asks for it and the generation has a route for commands."""
-        return self.poll_interval_s is not None and GENERATIONS[self.dialect].DRAINS
+        return self.poll_interval_s is not None and GENERATIONS[self.dialect].POLLS
 
 
 class LegacyAgent:
@@ -148,7 +148,7 @@ class LegacyAgent:
 
     async def poll(self) -> list[Command] | None:
         """Poll once, report the commands, then execute and answer them in order. Return None if the poll failed."""
-        request = self._generation.drain(self.who, self.cluster_id)
+        request = self._generation.poll(self.who, self.cluster_id)
         commands = await self._call(EventKind.POLL, request, self._drain_pool, lambda r: decode_commands(r.body))
         now_s = self._clock.monotonic_s()
         for command in commands or ():
@@ -177,7 +177,7 @@ class LegacyAgent:
     def _start_loops(self, group: asyncio.TaskGroup) -> None:
         profile, now_s = self.profile, self._clock.monotonic_s()
         beats = (Ticker(profile.beat_s, now_s, at_once=self._generation.FIRST_AT_ONCE), self._beat)
-        if profile.poll_interval_s is None or not self._generation.DRAINS:
+        if profile.poll_interval_s is None or not self._generation.POLLS:
             group.create_task(self._repeat(beats))
         elif profile.poll_style is PollStyle.SERIAL:
             group.create_task(self._repeat(beats, (Ticker(profile.poll_interval_s, now_s), self.poll)))

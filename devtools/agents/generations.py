@@ -24,7 +24,7 @@ class Generation(Protocol):
     KEEPS_ID: bool  # stores its cluster id across restarts; with one it never registers
     RETRIES: bool  # repeats a failed heartbeat before the next tick
     FIRST_AT_ONCE: bool  # the first heartbeat is sent before the first tick
-    DRAINS: bool  # has a route to poll for commands
+    POLLS: bool  # has a route to poll for commands
     INTERVAL_S: float  # between heartbeats
 
     def register(self, who: Identity, now_s: float) -> Request:
@@ -39,7 +39,7 @@ class Generation(Protocol):
     def heartbeat(self, who: Identity, cluster_id: str, now_s: float) -> Request:
         """Build the heartbeat request."""
 
-    def drain(self, who: Identity, cluster_id: str) -> Request:
+    def poll(self, who: Identity, cluster_id: str) -> Request:
         """Build the poll for commands."""
 
     def result(self, who: Identity, cluster_id: str, command_id: str, body: bytes) -> Request:
@@ -51,7 +51,7 @@ class Agents:
 
     NAME = "agents"
     FATAL_REGISTER = KEEPS_ID = RETRIES = FIRST_AT_ONCE = False
-    DRAINS = True
+    POLLS = True
     INTERVAL_S = 30.0
 
     def register(self, who: Identity, now_s: float) -> Request:
@@ -81,7 +81,7 @@ class Agents:
         }
         return post(f"/api/v1/agents/{who.agent_id}/heartbeat", who.token, body, timeout_s=10)
 
-    def drain(self, who: Identity, cluster_id: str) -> Request:
+    def poll(self, who: Identity, cluster_id: str) -> Request:
         return get(f"/api/v1/agents/{who.agent_id}/commands", who.token)
 
     def result(self, who: Identity, cluster_id: str, command_id: str, body: bytes) -> Request:
@@ -92,7 +92,7 @@ class ClustersAgent:
     """Generations B4 to B7: `/api/v1/clusters/agent/…`. Polls and results follow the vendor's guide."""
 
     NAME = "clusters_agent"
-    FATAL_REGISTER = KEEPS_ID = RETRIES = FIRST_AT_ONCE = DRAINS = True
+    FATAL_REGISTER = KEEPS_ID = RETRIES = FIRST_AT_ONCE = POLLS = True
     INTERVAL_S = 5.0
 
     def register(self, who: Identity, now_s: float) -> Request:
@@ -126,7 +126,7 @@ class ClustersAgent:
         body = heartbeat_body(who, cluster_id, now_s, nodes=3, pods=25)
         return post(f"/api/v1/clusters/agent/{cluster_id}/heartbeat", who.token, body, timeout_s=10)
 
-    def drain(self, who: Identity, cluster_id: str) -> Request:
+    def poll(self, who: Identity, cluster_id: str) -> Request:
         return get(f"/api/v1/clusters/agent/{cluster_id}/poll", who.token)
 
     def result(self, who: Identity, cluster_id: str, command_id: str, body: bytes) -> Request:
@@ -137,7 +137,7 @@ class Clusters:
     """Generation B3: `/clusters/{agent_id}`, without a route to poll for commands."""
 
     NAME = "clusters"
-    FATAL_REGISTER = FIRST_AT_ONCE = DRAINS = False
+    FATAL_REGISTER = FIRST_AT_ONCE = POLLS = False
     KEEPS_ID = RETRIES = True
     INTERVAL_S = 30.0
 
@@ -175,7 +175,7 @@ class Clusters:
             body["token"] = who.service_token
         return post(f"/clusters/{who.agent_id}/heartbeat", who.token, body, timeout_s=10)
 
-    def drain(self, who: Identity, cluster_id: str) -> Request:
+    def poll(self, who: Identity, cluster_id: str) -> Request:
         raise NotImplementedError("agents of this generation have no commands")
 
     def result(self, who: Identity, cluster_id: str, command_id: str, body: bytes) -> Request:
