@@ -133,7 +133,7 @@ class AgentCallHandler:
         if machine.refused:
             return REFUSED
         if self._ctx.settings.heartbeat.when_link_down == "fail" and _is_down(machine):
-            return Failed(503, "the controller cannot be reached", retry_after_s=RETRY_AFTER_S)
+            return Failed(503, link.unreachable, retry_after_s=RETRY_AFTER_S)
         return _ACCEPTED
 
     def _status(self, owner: str, caller: Caller, call: StatusCall, now: float) -> Outcome:

@@ -204,6 +204,11 @@ class UpstreamLink:
         return self.machine.state is LinkState.ONLINE
 
     @property
+    def unreachable(self) -> str:
+        """An agent's reason while the link is down; the detail may name a key of the shim's own configuration."""
+        return f"the controller cannot be reached{': ' if self.last_detail else ''}{self.last_detail}"
+
+    @property
     def rejection_key(self) -> SessionKey:
         """The key under which rejections without a session are stored, so that they are sent to the same peer."""
         return SessionKey(self.owner, LINK_KIND, self.name)
@@ -293,9 +298,10 @@ class UpstreamLink:
             if not upstream.own_tokens:
                 self.token = self._ctx.read_token()
         except ShimError as error:
-            self.last_failure, self.last_detail = "token", ""
-            log.error("token_unreadable", dedupe_key=self.name, link=self.name, error=str(error))
-            self._ctx.timers.call_later(0, lambda: self._dial_failed(dial, DialFailure("token")))
+            failure = DialFailure("token", detail=str(error))
+            self.last_failure, self.last_detail = failure.reason, failure.detail
+            log.error("token_unreadable", dedupe_key=self.name, link=self.name, error=failure.detail)
+            self._ctx.timers.call_later(0, lambda: self._dial_failed(dial, failure))
             return
         serial = next(self._shared.serials)
         connection = UpstreamConnection(self._ctx, serial, self.name, self, now, used_to_ack=self.acks)

@@ -229,7 +229,8 @@ class Registrations:
         self._ctx.metrics.registrations.labels("timeout").inc()
         if link.machine.refused:
             return REFUSED
-        return Failed(503, "the controller did not answer in time", retry_after_s=RETRY_AFTER_S)
+        reason = "the controller did not answer in time" if link.machine.connected else link.unreachable
+        return Failed(503, reason, retry_after_s=RETRY_AFTER_S)
 
     def _join(self, link: UpstreamLink, identity: RegistrationKey, call: RegisterCall) -> PendingRegistration:
         job = self._by_identity.get(identity)

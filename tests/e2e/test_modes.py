@@ -326,6 +326,27 @@ async def test_a_fault_of_the_shims_own_files_is_not_blamed_on_the_api(
         assert "doctor" in problem["hint"]
 
 
+async def test_a_token_file_that_keeps_the_link_down_is_named_to_the_agent(
+    tmp_path: Path, http: aiohttp.ClientSession
+) -> None:
+    async with world(tmp_path, FAST) as (shim, controller):
+        (tmp_path / "token").write_text(TOKEN)
+        upstream = {"url": controller.url, "token": "", "token_file": str(tmp_path / "token")}
+        shim.write({"upstream": upstream, "heartbeat": {"when_link_down": "fail"}, "register": {"deadline_s": 1}})
+        await shim.start()
+        cluster_id = await register(http, shim)
+        (tmp_path / "token").write_text("")
+        await controller.control("POST", "/control/drop", {"how": "abort"})
+        await shim.event("token_unreadable", link="default")
+        expected = "the controller cannot be reached: upstream.token_file: the file is empty"
+        for path in ("register", f"{cluster_id}/heartbeat"):
+            body = {"agent_id": "agent-2", "name": "another"}
+            async with http.post(f"{shim.url}/api/v1/clusters/agent/{path}", json=body) as response:
+                assert (response.status, (await response.json())["error"]) == (503, expected)
+        async with http.get(f"{shim.admin}/status.json") as response:
+            assert "upstream.token_file" in (await response.json())["overall"]["text"]
+
+
 async def test_a_switch_drops_no_connection_and_a_crash_in_the_middle_of_it_loses_nothing(tmp_path: Path) -> None:
     opened: list[float] = []
     trace = aiohttp.TraceConfig()
