@@ -70,6 +70,7 @@ class ClusterAdmin:
     ) -> None:
         self._subject = subject
         self._membership = membership
+        self._starting = True  # until all other replicas have been asked once if they drain
         self._actions = subject.admin_actions
         self._api = CommandApi(subject)
         self._client = client
@@ -90,7 +91,7 @@ class ClusterAdmin:
 
     async def _carry_out(self, action: str, target: str, body: bytes) -> dict[str, Any]:
         if action == "progress":
-            return {"drain": msgspec.to_builtins(self._actions.progress_here())}
+            return {"drain": msgspec.to_builtins(self._actions.progress_here()), "starting": self._starting}
         if action == "websocket":
             self._apply(msgspec.json.decode(body, type=WebSocketEvent))
             return {}
@@ -98,14 +99,13 @@ class ClusterAdmin:
 
     async def run(self) -> None:
         """Join a drain that goes on when this replica starts; poll the others' progress in a drain. Until cancelled."""
-        starting = True  # until all other replicas have been asked once
         while True:
-            if starting or self._actions.draining or self._actions.drains_elsewhere:
+            if self._starting or self._actions.draining or self._actions.drains_elsewhere:
                 answers = await self._subject.ask_others("progress", "", b"", required=False)
-                self._actions.follow(join=starting)
+                self._actions.follow(join=self._starting)
                 view, answered = self._membership.view.members, {name for name, _ in answers}
                 unasked = any(each.name not in answered for each in self._membership.others())
-                starting = starting and (unasked or self._membership.me.process not in view)
+                self._starting = self._starting and (unasked or self._membership.me.process not in view)
             await self._membership.wait_for_change(PROGRESS_S)
 
     def websocket_event(self, event: WebSocketEvent) -> None:

@@ -180,7 +180,9 @@ class Subject:
             return []
         answers = await self._ask_others(action, target, body, required=required)
         if action in ("drain", "resume", "progress"):
-            drains = {name: msgspec.convert(answer["drain"], Drain) for name, answer in answers}
+            # A replica that starts does not know yet if it is to drain: that it does not is no cancellation.
+            known = [(name, answer["drain"]) for name, answer in answers if not answer.get("starting")]
+            drains = {name: msgspec.convert(drain, Drain) for name, drain in known}
             self.admin_actions.record_elsewhere(drains)
         return answers
 

@@ -150,6 +150,15 @@ async def test_a_replica_that_starts_during_a_drain_takes_part_in_it(tmp_path: P
         await gate.push(agent, "refused")
         found = await gate.controller.control("GET", "/control/commands/refused?wait=result&timeout_s=60")
         assert found["results"][0]["payload"]["code"] == "queue_full"
-        assert (await gate.do(b, "DELETE", "/drain"))[0] == 200
+        (c,) = await gate.add("c")  # it does not drain at first, which cancels nothing at b
+        await gate.settled(b, c)
+        await gate.until_drain(c, "draining", "drained")
+        assert await b.stop() == 0
+        await gate.settled(c)
+        await agent.register(c)
+        await gate.push(agent, "refused-2")
+        found = await gate.controller.control("GET", "/control/commands/refused-2?wait=result&timeout_s=60")
+        assert found["results"][0]["payload"]["code"] == "queue_full"
+        assert (await gate.do(c, "DELETE", "/drain"))[0] == 200
         await gate.push(agent, "taken")
-        await gate.until_state(b, "taken", "queued")
+        await gate.until_state(c, "taken", "queued")
