@@ -49,6 +49,11 @@ SENTENCES: dict[str, Sentence] = {
         "Another program keeps a transaction open on the database: its write-ahead log has grown to {size}.",
         "End that program, for example a backup or a sqlite3 shell; fuser -v FILE names it.",
     ),
+    "store_replaced": Sentence(
+        "warning",
+        "The database was damaged and was replaced by an empty one {time} ago.",
+        "Commands and results that were only in it are lost; store_moved_aside in the log names the damaged file.",
+    ),
     # --- the link ---
     "token_refused": Sentence("bad", "The controller refuses the token ({link}{reason}).", "{hint}"),
     "identity_contended": Sentence(
@@ -183,6 +188,7 @@ STARTING_S = 60.0
 KINDS_SHOWN = 3
 MIB = 1_048_576
 FALLBACK_FAILED_S = 86_400.0
+STORE_REPLACED_S = 86_400.0
 _REASONS = {
     "dns": "its name cannot be resolved",
     "tcp": "it cannot be reached",
@@ -261,6 +267,9 @@ def _of_process(status: Status) -> Iterator[Problem]:
         yield make_problem("log_lines_lost", lines=plural(status.log.lost, "log line"))
     if status.store.log_pinned:
         yield make_problem("store_log_pinned", size=f"{status.store.log_bytes / MIB:.0f} MiB")
+    age_s = status.now - status.started_at
+    if status.store.replaced and age_s < STORE_REPLACED_S:
+        yield make_problem("store_replaced", time=format_duration(age_s))
 
 
 # --- the link ---------------------------------------------------------------------------------------------------------

@@ -22,10 +22,14 @@ class Rows(Struct, kw_only=True):
 
 
 class StoreStatus(Struct, kw_only=True):
-    """The write-ahead log of the store. It is pinned while another program keeps it from being emptied."""
+    """The write-ahead log of the store. It is pinned while another program keeps it from being emptied.
+
+    `replaced` is true if the database was damaged at the start of this process, and an empty one took its place.
+    """
 
     log_bytes: int
     log_pinned: bool
+    replaced: bool = False
 
 
 class LogStatus(Struct, kw_only=True):

@@ -152,7 +152,9 @@ class StatusBuilder:
     def _store(self) -> StoreStatus:
         metrics = self._bridge.ctx.metrics
         return StoreStatus(
-            log_bytes=int(_value(metrics.store_log_bytes)), log_pinned=bool(_value(metrics.store_log_pinned))
+            log_bytes=int(_value(metrics.store_log_bytes)),
+            log_pinned=bool(_value(metrics.store_log_pinned)),
+            replaced=bool(_value(metrics.store_moved_aside)),
         )
 
     def _commands(self, view: _View, now: float) -> CommandsStatus:

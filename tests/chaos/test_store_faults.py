@@ -236,6 +236,7 @@ async def test_a_destroyed_database_is_moved_aside_loudly_and_agents_are_adopted
         assert said["level"] == "error"
         assert Path(said["path"]).name in digest(tmp_path)
         assert await metric(shim, "agent_shim_store_moved_aside_total") == 1
+        assert await metric(shim, 'agent_shim_health_problem{problem="store_replaced"}') == 1
         assert await ready(shim)
         assert await hands.agent.heartbeat()  # it holds its cluster id and never registers again
         assert await shim.event("session_adopted", after, session=hands.agent.cluster_id)

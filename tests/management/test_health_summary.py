@@ -353,6 +353,11 @@ def trouble(kind: str, since_s: float = 60, text: str = "cluster not found", **w
             "store_log_pinned",
             "Another program keeps a transaction open on the database: its write-ahead log has grown to 191 MiB.",
         ),
+        (
+            {"store": {"log_bytes": 0, "log_pinned": False, "replaced": True}, "started_at": NOW - 7200},
+            "store_replaced",
+            "The database was damaged and was replaced by an empty one 2 h ago.",
+        ),
     ],
 )
 def test_what_agents_meet_is_said(fields: dict[str, Any], code: str, text: str) -> None:

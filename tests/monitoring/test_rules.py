@@ -20,6 +20,7 @@ OURS = ("rules.yaml", "alerts.yaml")
 BY_OTHER_METRICS = {
     "store_unwritable": "AgentShimStoreFailing",
     "configuration_faulty": "AgentShimConfigFaulty",
+    "store_replaced": "AgentShimStoreLost",
     "token_refused": "AgentShimTokenRefused",
     "identity_contended": "AgentShimIdentityContended",
     "link_down": "AgentShimLinkDown",
