@@ -47,25 +47,25 @@ class AcceptedHandshake:
 class Connection:
     """One connection of an agent. `run` serves it until it ends; other methods may be called at any time meanwhile."""
 
-    def __init__(self, accepted: AcceptedHandshake, books: ControllerState, desk: MessageHandler) -> None:
+    def __init__(self, accepted: AcceptedHandshake, state: ControllerState, message_handler: MessageHandler) -> None:
         self.number = accepted.number
         self.endpoint = accepted.endpoint
         self.owner = accepted.owner
         self.clusters: dict[str, str] = {}
         self._socket = accepted.socket
         self._transport = accepted.transport
-        self._clock = books.clock
-        self._options = books.options
-        self._faults = books.faults
-        self._history = books.history
-        self._desk = desk
-        self._heard_s = books.clock.monotonic_s()
+        self._clock = state.clock
+        self._options = state.options
+        self._faults = state.faults
+        self._history = state.history
+        self._message_handler = message_handler
+        self._heard_s = state.clock.monotonic_s()
         self._wakeup = Condition()
         self._left: CloseAfterReply | None = None
         self._paused = False
         self.outbox = Outbox(
             accepted.socket,
-            books,
+            state,
             scope=self.scope,
             gated=lambda: self._shows(fault.Silent) or self._shows(fault.Stalled),
         )
@@ -234,7 +234,7 @@ class Connection:
     def _handle(self, message: Message, detail: dict[str, Any]) -> None:
         event = self._history.record(EventKind.RECEIVED, self.number, message, **detail)
         last: Outgoing | None = None
-        for answer in self._desk.handle(self, message, event):
+        for answer in self._message_handler.handle(self, message, event):
             if isinstance(answer, Answer):
                 last = self.send(answer.message, delay_s=answer.delay_s)
             elif last is not None:

@@ -56,26 +56,26 @@ class DropSpec(Target, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Connections:
     """All connections by number. A number is never reused."""
 
-    def __init__(self, books: ControllerState) -> None:
-        self.books = books
-        self.desk = MessageHandler(books)
-        self.connections: dict[int, Connection] = {}
+    def __init__(self, state: ControllerState) -> None:
+        self.state = state
+        self.message_handler = MessageHandler(state)
+        self.by_number: dict[int, Connection] = {}
         self.next_number = 1
         self.changed = Condition()
-        books.faults.on_start = self._fault_starts
-        books.faults.on_end = self._fault_ends
+        state.faults.on_start = self._fault_starts
+        state.faults.on_end = self._fault_ends
 
     # --- selection ----------------------------------------------------------------------------------------------------
 
     def connection_for(self, target: Target) -> Connection:
         """Return the open connection of a target. Raises `OperatorError` 409 if there is none."""
-        connection = self.connections.get(self._number_for(target))
+        connection = self.by_number.get(self._number_for(target))
         if connection is None:
             raise OperatorError(409, "no open connection speaks for this target")
         return connection
 
     def _number_for(self, target: Target) -> int:
-        registry = self.books.registry
+        registry = self.state.registry
         if target.connection is not None:
             return target.connection
         if target.cluster_id is not None:
@@ -83,8 +83,8 @@ class Connections:
         if target.agent_id is not None:
             known = registry.by_agent(target.agent_id)
             return registry.presence(known.cluster_id).connection if known else 0
-        speaking = [number for number, connection in self.connections.items() if connection.clusters]
-        return max(speaking or self.connections, default=0)
+        speaking = [number for number, connection in self.by_number.items() if connection.clusters]
+        return max(speaking or self.by_number, default=0)
 
     # --- sending and dropping -----------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class Connections:
         pushed = []
         for command_id in spec.ids():
             message = spec.message(command_id)
-            command = self.books.commands.pushed(str(command_id), spec.type, message.request_id)
+            command = self.state.commands.pushed(str(command_id), spec.type, message.request_id)
             pushed.append((command, connection.send(message, command_id=command.id)))
         return pushed
 
@@ -118,7 +118,7 @@ class Connections:
     def drop(self, spec: DropSpec) -> list[int]:
         """End connections and return their numbers. Raises `OperatorError` 409 if the target has none."""
         everyone = spec.connection is None and spec.cluster_id is None and spec.agent_id is None
-        chosen = list(self.connections.values()) if everyone else [self.connection_for(spec)]
+        chosen = list(self.by_number.values()) if everyone else [self.connection_for(spec)]
         for connection in chosen:
             connection.drop(spec.how, spec.code, spec.reason)
         return [connection.number for connection in chosen]
@@ -127,24 +127,24 @@ class Connections:
 
     def _fault_starts(self, entry: ActiveFault) -> None:
         entry.connections_before = self.next_number
-        self.books.history.record(EventKind.FAULT_SET, fault=entry.to_json())
+        self.state.history.record(EventKind.FAULT_SET, fault=entry.to_json())
         fault = entry.fault
         if isinstance(fault, Drop) and not fault.on:
-            for connection in list(self.connections.values()):
-                if self.books.faults.peek(Drop, connection.scope()) is fault:
+            for connection in list(self.by_number.values()):
+                if self.state.faults.peek(Drop, connection.scope()) is fault:
                     connection.drop(fault.how, fault.code, fault.reason)
-            self.books.faults.clear(entry.id)
+            self.state.faults.clear(entry.id)
         elif isinstance(fault, Forget):
-            self.books.registry.forget(cluster_id=fault.cluster_id, agent_id=fault.agent_id)
-            self.books.faults.clear(entry.id)
+            self.state.registry.forget(cluster_id=fault.cluster_id, agent_id=fault.agent_id)
+            self.state.faults.clear(entry.id)
         self._tell_connections()
 
     def _fault_ends(self, entry: ActiveFault) -> None:
-        self.books.history.record(EventKind.FAULT_ENDED, fault=entry.to_json())
+        self.state.history.record(EventKind.FAULT_ENDED, fault=entry.to_json())
         self._tell_connections()
 
     def _tell_connections(self) -> None:
-        for connection in list(self.connections.values()):
+        for connection in list(self.by_number.values()):
             connection.faults_changed()
         self.changed.wake()
 
@@ -152,18 +152,18 @@ class Connections:
 
     async def serve(self, connection: Connection) -> None:
         """Register a connection until it ends."""
-        self.connections[connection.number] = connection
+        self.by_number[connection.number] = connection
         try:
             await connection.run()
         finally:
-            del self.connections[connection.number]
+            del self.by_number[connection.number]
             self.changed.wake()
 
     async def drop_all(self, how: How) -> None:
         """End all connections and return when they have ended; each does within `close_timeout_s`."""
-        for connection in list(self.connections.values()):
+        for connection in list(self.by_number.values()):
             connection.drop(how, 1001, "going away")
-        await self.changed.until(lambda: not self.connections)
+        await self.changed.until(lambda: not self.by_number)
 
 
 async def written(items: Sequence[Outgoing], timeout_s: float = 1) -> list[Event | None]:

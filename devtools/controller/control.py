@@ -32,10 +32,10 @@ _WAITS: dict[str, Callable[[Command], bool]] = {
 class Control:
     """JSON over HTTP. A refusal is `{"success": false, "error": …}` with a status of 4xx or 5xx."""
 
-    def __init__(self, hub: Connections, legacy: LegacyApi) -> None:
-        self._hub = hub
+    def __init__(self, connections: Connections, legacy: LegacyApi) -> None:
+        self._connections = connections
         self._legacy = legacy
-        self._books = hub.books
+        self._state = connections.state
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of the API."""
@@ -57,7 +57,7 @@ class Control:
 
     def _guarded(self, handler: Handler) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
-            token = self._books.options.control_token
+            token = self._state.options.control_token
             sent = bearer(request.headers.get("Authorization", ""))
             if token and not hmac.compare_digest(sent.encode(), token.encode()):
                 return _refusal(401, "unauthorized: the control API needs its own Bearer token")
@@ -70,16 +70,16 @@ class Control:
 
     async def _overview(self, _request: web.Request) -> web.Response:
         paths = sorted({f"{route.method} {route.path}" for route in self.routes()})
-        return web.json_response({"success": True, "endpoints": paths, "last_n": self._books.history.last_n})
+        return web.json_response({"success": True, "endpoints": paths, "last_n": self._state.history.last_n})
 
     async def _agents(self, _request: web.Request) -> web.Response:
-        registry = self._books.registry
+        registry = self._state.registry
         agents = []
         for known in registry.all():
             presence = registry.presence(known.cluster_id)
             shown: dict[str, Any] = msgspec.to_builtins(known)
             shown |= {
-                "connection": presence.connection if presence.connection in self._hub.connections else None,
+                "connection": presence.connection if presence.connection in self._connections.by_number else None,
                 "registers": presence.registers,
                 "heartbeats": presence.heartbeats,
                 "last_heartbeat": presence.last_heartbeat or None,
@@ -87,13 +87,13 @@ class Control:
             agents.append(shown)
         connections = [
             {"number": c.number, "endpoint": c.endpoint.value, "owner": c.owner, "clusters": c.clusters}
-            for c in self._hub.connections.values()
+            for c in self._connections.by_number.values()
         ]
         return web.json_response({"success": True, "agents": agents, "connections": connections})
 
     async def _messages(self, request: web.Request) -> web.Response:
         """Return events. Query: `after`, `type`, `kind` (with commas), `direction`, `connection`, `limit`, `wait_s`."""
-        history = self._books.history
+        history = self._state.history
         query = request.query
         after, limit = _number(request, "after", 0), _number(request, "limit", 1000)
         connection = _number(request, "connection", 0)
@@ -122,7 +122,7 @@ class Control:
 
     async def _push(self, request: web.Request) -> web.Response:
         spec = parse_spec(await _body(request))
-        pushed = self._hub.push(spec)
+        pushed = self._connections.push(spec)
         sent = await written([item for _, item in pushed])
         commands = [
             {"id": command.id, "request_id": command.request_id} | _sending(event)
@@ -147,41 +147,41 @@ class Control:
         timeout_s = _seconds(request, "timeout_s", 20)
 
         def there() -> bool:
-            command = self._books.commands.get(command_id)
+            command = self._state.commands.get(command_id)
             return command is not None and _WAITS[wait](command)
 
         if wait:
-            await self._books.history.until(there, timeout_s)
-        command = self._books.commands.get(command_id)
+            await self._state.history.until(there, timeout_s)
+        command = self._state.commands.get(command_id)
         if command is None:
             raise OperatorError(404, "no command with this id")
         shown = {"success": True} | command.to_json()
         return web.json_response(shown | ({"waited_for": there()} if wait else {}))
 
     async def _send(self, request: web.Request) -> web.Response:
-        item = self._hub.send(await _parsed(request, RawSpec))
+        item = self._connections.send(await _parsed(request, RawSpec))
         (event,) = await written([item])
         return web.json_response({"success": True} | _sending(event))
 
     async def _drop(self, request: web.Request) -> web.Response:
-        return web.json_response({"success": True, "dropped": self._hub.drop(await _parsed(request, DropSpec))})
+        return web.json_response({"success": True, "dropped": self._connections.drop(await _parsed(request, DropSpec))})
 
     async def _faults(self, _request: web.Request) -> web.Response:
-        return web.json_response({"success": True, "faults": [entry.to_json() for entry in self._books.faults.all()]})
+        return web.json_response({"success": True, "faults": [entry.to_json() for entry in self._state.faults.all()]})
 
     async def _set_faults(self, request: web.Request) -> web.Response:
         """Set one fault or a list of them. All are checked before the first is set."""
         body = await _body(request)
         faults = [parse_fault(value) for value in (body if isinstance(body, list) else [body])]
-        ids = [self._books.faults.add(fault) for fault in faults]
+        ids = [self._state.faults.add(fault) for fault in faults]
         return web.json_response({"success": True, "ids": ids})
 
     async def _clear_faults(self, _request: web.Request) -> web.Response:
-        return web.json_response({"success": True, "cleared": self._books.faults.clear_all()})
+        return web.json_response({"success": True, "cleared": self._state.faults.clear_all()})
 
     async def _clear_fault(self, request: web.Request) -> web.Response:
         ident = request.match_info["id"]
-        if not ident.isdecimal() or not self._books.faults.clear(int(ident)):
+        if not ident.isdecimal() or not self._state.faults.clear(int(ident)):
             raise OperatorError(404, "no fault with this id is set")
         return web.json_response({"success": True, "cleared": 1})
 

@@ -34,14 +34,14 @@ class HandshakeRefused(Exception):
 class Handshakes:
     """Handlers of GET requests to the WebSocket paths."""
 
-    def __init__(self, hub: Connections, tokens: Tokens) -> None:
-        self._hub = hub
-        self._books = hub.books
+    def __init__(self, connections: Connections, tokens: Tokens) -> None:
+        self._connections = connections
+        self._state = connections.state
         self._tokens = tokens
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of the API."""
-        base = self._books.options.base_path.rstrip("/")
+        base = self._state.options.base_path.rstrip("/")
         return [
             web.get(base + CONTROLLER_PATH, self._controller),
             web.get(GATEWAY_PATH, self._gateway),
@@ -56,12 +56,12 @@ class Handshakes:
 
     async def _answer(self, request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
         try:
-            await self._handshake_faults(Scope(endpoint, self._hub.next_number))
+            await self._handshake_faults(Scope(endpoint, self._connections.next_number))
             owner = self._owner(request, endpoint)
             cluster = self._gateway_cluster(request, owner) if endpoint is Endpoint.GATEWAY else None
             socket, transport = await self._accept(request)
         except HandshakeRefused as refusal:
-            self._books.history.record(
+            self._state.history.record(
                 EventKind.REFUSED,
                 endpoint=endpoint.value,
                 status=refusal.status,
@@ -70,30 +70,31 @@ class Handshakes:
             )
             body = {"success": False, "error": refusal.reason}
             return web.json_response(body, status=refusal.status, headers=refusal.headers)
-        connection = self._open(request, AcceptedHandshake(self._hub.next_number, endpoint, owner, socket, transport))
+        number = self._connections.next_number
+        connection = self._open(request, AcceptedHandshake(number, endpoint, owner, socket, transport))
         if cluster is not None:
             connection.clusters[cluster] = ""
-            self._books.registry.presence(cluster).connection = connection.number
-        if gone := self._books.faults.take(fault.AcceptThenClose, connection.scope()):
+            self._state.registry.presence(cluster).connection = connection.number
+        if gone := self._state.faults.take(fault.AcceptThenClose, connection.scope()):
             connection.drop(gone.how, gone.code)
-        await self._hub.serve(connection)
+        await self._connections.serve(connection)
         return socket
 
     def _open(self, request: web.Request, accepted: AcceptedHandshake) -> Connection:
-        self._hub.next_number += 1
-        self._books.history.record(
+        self._connections.next_number += 1
+        self._state.history.record(
             EventKind.OPENED,
             accepted.number,
             endpoint=accepted.endpoint.value,
             owner=accepted.owner,
             **_handshake_detail(request),
         )
-        return Connection(accepted, self._books, self._hub.desk)
+        return Connection(accepted, self._state, self._connections.message_handler)
 
     async def _handshake_faults(self, scope: Scope) -> None:
-        faults = self._books.faults
+        faults = self._state.faults
         if faults.take(fault.HangHandshake, scope):
-            await self._hub.changed.until(lambda: faults.peek(fault.HangHandshake, scope) is None)
+            await self._connections.changed.until(lambda: faults.peek(fault.HangHandshake, scope) is None)
         refuse = faults.take(fault.Refuse, scope)
         if refuse is not None:
             headers = dict(refuse.headers)
@@ -103,7 +104,7 @@ class Handshakes:
 
     def _owner(self, request: web.Request, endpoint: Endpoint) -> str:
         """Return the owner of the request's token. If query and header carry one each, both must be valid and equal."""
-        place = TokenPlace.HEADER if endpoint is Endpoint.GATEWAY else self._books.options.token_place
+        place = TokenPlace.HEADER if endpoint is Endpoint.GATEWAY else self._state.options.token_place
         sent = _tokens_sent(request)
         for name in ("query", "header"):
             if name in sent and place not in (TokenPlace.EITHER, TokenPlace(name)):
@@ -119,13 +120,13 @@ class Handshakes:
         ident = request.query.get("cluster_uuid", "")
         if not ident:
             raise HandshakeRefused(400, "missing query parameter: cluster_uuid")
-        known = self._books.registry.by_uuid(ident)
+        known = self._state.registry.by_uuid(ident)
         if known is None or known.owner != owner:
             raise HandshakeRefused(404, "cluster not found")
         return known.cluster_id
 
     async def _accept(self, request: web.Request) -> tuple[web.WebSocketResponse, asyncio.Transport]:
-        options, transport = self._books.options, request.transport
+        options, transport = self._state.options, request.transport
         socket = web.WebSocketResponse(
             timeout=options.close_timeout_s,
             autoclose=False,

@@ -59,8 +59,8 @@ class LegacySwitch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class LegacyApi:
     """The routes of all dialects. While `refuse` is not 0, it is the status of every response."""
 
-    def __init__(self, books: ControllerState, tokens: Tokens) -> None:
-        self._books = books
+    def __init__(self, state: ControllerState, tokens: Tokens) -> None:
+        self._state = state
         self._tokens = tokens
         self._router = Router(dialects.load())
         self._waiting: dict[str, deque[OfferedCommand]] = defaultdict(deque)
@@ -74,7 +74,7 @@ class LegacyApi:
     def push(self, value: Any) -> None:
         """Queue a command for a poll. Raises `OperatorError` 400."""
         spec = _convert(value, LegacyCommand)
-        created_at = rfc3339(self._books.clock.wall_s())
+        created_at = rfc3339(self._state.clock.wall_s())
         self._waiting[spec.ident].append(OfferedCommand(spec.id, spec.type, spec.payload, created_at))
 
     def switch(self, value: Any) -> None:
@@ -83,7 +83,7 @@ class LegacyApi:
 
     async def _serve(self, request: web.Request) -> web.Response:
         if self.refuse:
-            self._books.history.record(EventKind.REFUSED, via="http", status=self.refuse)
+            self._state.history.record(EventKind.REFUSED, via="http", status=self.refuse)
             return _json(self.refuse, {"success": False, "error": "this endpoint has been removed"})
         try:
             match = self._router.match(request.method, request.raw_path.partition("?")[0])
@@ -104,7 +104,7 @@ class LegacyApi:
         match call:
             case RegisterCall():
                 self._record("register", dict(call.payload))
-                known, _ = self._books.registry.register(owner, call.payload)
+                known, _ = self._state.registry.register(owner, call.payload)
                 return Registered(known.cluster_id, known.cluster_uuid, known.name, known.agent_id)
             case HeartbeatCall():
                 self._record(
@@ -116,7 +116,7 @@ class LegacyApi:
                 return Accepted()
             case ResultCall():
                 event = self._record("command_result", {"command_id": call.command_id, **call.body})
-                self._books.commands.answered(event)
+                self._state.commands.answered(event)
                 return Accepted()
             case PollCall():
                 waiting = self._waiting[call.target.ident]
@@ -131,8 +131,8 @@ class LegacyApi:
                 return Failed(404, "not registered")
 
     def _record(self, kind: str, payload: dict[str, Any]) -> Any:
-        message = Message(kind, payload, "", rfc3339(self._books.clock.wall_s()))
-        return self._books.history.record(EventKind.RECEIVED, 0, message, via="http")
+        message = Message(kind, payload, "", rfc3339(self._state.clock.wall_s()))
+        return self._state.history.record(EventKind.RECEIVED, 0, message, via="http")
 
 
 def _convert(value: Any, kind: type[Any]) -> Any:

@@ -69,12 +69,12 @@ Answers = list[Answer | CloseAfterReply]
 class MessageHandler:
     """Handler of messages. It updates registrations and commands, and returns the answers without sending them."""
 
-    def __init__(self, books: ControllerState) -> None:
-        self._registry = books.registry
-        self._commands = books.commands
-        self._faults = books.faults
-        self._strict_clusters = books.options.strict_clusters
-        self._decoy_token = books.options.decoy_token
+    def __init__(self, state: ControllerState) -> None:
+        self._registry = state.registry
+        self._commands = state.commands
+        self._faults = state.faults
+        self._strict_clusters = state.options.strict_clusters
+        self._decoy_token = state.options.decoy_token
         self.gateway_url = ""
         self._handlers: dict[str, Callable[[Peer, Message, Event], Answers]] = {
             "register": self._register,

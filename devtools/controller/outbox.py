@@ -61,16 +61,16 @@ class Outbox:
     def __init__(
         self,
         socket: web.WebSocketResponse,
-        books: ControllerState,
+        state: ControllerState,
         *,
         scope: Callable[[str], Scope],
         gated: Callable[[], bool],
     ) -> None:
         self._socket = socket
-        self._faults = books.faults
-        self._history = books.history
-        self._commands = books.commands
-        self._binary = books.options.binary_frames
+        self._faults = state.faults
+        self._history = state.history
+        self._commands = state.commands
+        self._binary = state.options.binary_frames
         self._scope = scope
         self._gated = gated
         self._items: deque[Outgoing | CloseAfterReply] = deque()

@@ -27,8 +27,8 @@ _MAX_BODY_BYTES = 134_217_728
 class DevController:
     """A controller: `async with DevController(["token"]) as controller:` serves until the block ends.
 
-    `url` is the value for a shim's `upstream.url`; `control_url` is the base of the control API. `books` holds history,
-    registrations, commands and faults; `hub` holds the open connections.
+    `url` is the value for a shim's `upstream.url`; `control_url` is the base of the control API. `state` holds history,
+    registrations, commands and faults; `connections` holds the open connections.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class DevController:
             journal=self._journal,
         )
         registry = Registry(self._clock, options.state)
-        self.books = ControllerState(self._clock, options, history, ActiveFaults(), registry, CommandLog())
-        self.hub = Connections(self.books)
-        routes = Handshakes(self.hub, self._tokens).routes()
-        legacy = LegacyApi(self.books, self._tokens)
-        control = Control(self.hub, legacy).routes()
+        self.state = ControllerState(self._clock, options, history, ActiveFaults(), registry, CommandLog())
+        self.connections = Connections(self.state)
+        routes = Handshakes(self.connections, self._tokens).routes()
+        legacy = LegacyApi(self.state, self._tokens)
+        control = Control(self.connections, legacy).routes()
         routes = routes if options.control else routes + control
         routes += legacy.routes()
         self.listen = await self._serve(routes, options.host, self._port)
         self.control = await self._serve(control, *options.control) if options.control else self.listen
         scheme = "wss" if options.tls else "ws"
-        self.hub.desk.gateway_url = f"{scheme}://{address(self.listen)}{GATEWAY_PATH}"
+        self.connections.message_handler.gateway_url = f"{scheme}://{address(self.listen)}{GATEWAY_PATH}"
         history.record(EventKind.STARTED, listen=address(self.listen))
 
     async def _serve(self, routes: Sequence[web.AbstractRouteDef], host: str, port: int) -> tuple[str, int]:
@@ -89,13 +89,13 @@ class DevController:
             for runner in self._runners:
                 for site in list(runner.sites):
                     await site.stop()  # first, because agents that are dropped reconnect at once
-            await self.hub.drop_all(how)
-            self.books.faults.clear_all()
-            self.books.history.record(EventKind.STOPPED)
+            await self.connections.drop_all(how)
+            self.state.faults.clear_all()
+            self.state.history.record(EventKind.STOPPED)
         finally:
             while self._runners:
                 await self._runners.pop().cleanup()
-            self.books.registry.close()
+            self.state.registry.close()
             if self._journal:
                 self._journal.close()
 
@@ -135,14 +135,14 @@ class DevController:
     @property
     def history(self) -> History:
         """Return the history of all events."""
-        return self.books.history
+        return self.state.history
 
     async def push_command(self, **spec: Any) -> list[Command]:
         """Push commands; the fields are those of `CommandSpec`. Raises `OperatorError`, `msgspec.ValidationError`.
 
         Returns when they are sent, or after a second if faults hold them back.
         """
-        pushed = self.hub.push(msgspec.convert(spec, CommandSpec))
+        pushed = self.connections.push(msgspec.convert(spec, CommandSpec))
         await written([item for _, item in pushed])
         return [command for command, _ in pushed]
 
@@ -150,17 +150,17 @@ class DevController:
         """Return the payload of the first result of a command. Raises `TimeoutError`."""
 
         def there() -> bool:
-            command = self.books.commands.get(command_id)
+            command = self.state.commands.get(command_id)
             return command is not None and bool(command.results)
 
-        command = self.books.commands.get(command_id) if await self.history.until(there, timeout_s) else None
+        command = self.state.commands.get(command_id) if await self.history.until(there, timeout_s) else None
         if command is None:
             raise TimeoutError(f"no result within {timeout_s} s")
         return command.results[0].payload
 
     async def send(self, **spec: Any) -> Event | None:
         """Send a message or a raw frame; the fields are those of `RawSpec`. Return the event of its sending."""
-        (event,) = await written([self.hub.send(msgspec.convert(spec, RawSpec))])
+        (event,) = await written([self.connections.send(msgspec.convert(spec, RawSpec))])
         return event
 
     async def wait_for(self, wanted: Wanted, *, after: int = 0, timeout_s: float = 5) -> Event:
@@ -177,15 +177,15 @@ class DevController:
 
     def set_fault(self, fault: AnyFault) -> int:
         """Set a fault and return its id."""
-        return self.books.faults.add(fault)
+        return self.state.faults.add(fault)
 
     def clear_faults(self) -> None:
         """End all faults."""
-        self.books.faults.clear_all()
+        self.state.faults.clear_all()
 
     def drop(self, how: How = How.CLOSE, code: int = 1001, **target: Any) -> list[int]:
         """End all connections, or that of the target (fields of `Target`), and return their numbers."""
-        return self.hub.drop(DropSpec(how=how, code=code, **target))
+        return self.connections.drop(DropSpec(how=how, code=code, **target))
 
 
 def address(bound: tuple[str, int]) -> str:

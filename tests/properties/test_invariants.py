@@ -3,7 +3,7 @@
 Rules: docs/reference/protocol.md#16-owners-sessions-aliases, #21-link-life, #3-commands.
 
 A shim on a memory store in virtual time is driven by any sequence of calls, messages, losses, crashes, refusals and
-waits. Then the trouble ends, the agents go on living, and the books are balanced.
+waits. Then the trouble ends, the agents go on living, and nothing is left over.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ def test_any_sequence_is_answered(messages: list[Message]) -> None:
     clock = Clock()
     history = History(clock, max_events=100, max_bytes=1_000_000)
     registry = Registry(clock)
-    desk = MessageHandler(ControllerState(clock, Options(), history, ActiveFaults(), registry, CommandLog()))
+    message_handler = MessageHandler(ControllerState(clock, Options(), history, ActiveFaults(), registry, CommandLog()))
     peer = FakePeer()
     for message in messages:
-        answers = desk.handle(peer, message, history.record(EventKind.RECEIVED, 1, message))
+        answers = message_handler.handle(peer, message, history.record(EventKind.RECEIVED, 1, message))
         assert len(answers) <= 1
         for answer in answers:
             assert isinstance(answer, Answer)

@@ -212,7 +212,7 @@ async def test_heartbeat_ack_echoes_the_request_id(controller: DevController) ->
         assert parse_rfc3339(plain["payload"]["received_at"]) is not None
         named = await agent.heartbeat(request_id="hb-7")
         assert named["request_id"] == "hb-7"
-    presence = controller.books.registry.presence(agent.cluster_id)
+    presence = controller.state.registry.presence(agent.cluster_id)
     assert presence.heartbeats == 2
     assert presence.last_heartbeat["status"] == "available"
 
@@ -221,7 +221,7 @@ async def test_heartbeat_as_in_the_guide_has_no_ids(controller: DevController) -
     async with registered(controller) as agent:
         answer = await agent.ask("heartbeat", {"tunnel_status": "connected", "status": "available"})
         assert answer["type"] == "heartbeat_ack"
-    assert controller.books.registry.presence(agent.cluster_id).heartbeats == 1
+    assert controller.state.registry.presence(agent.cluster_id).heartbeats == 1
 
 
 async def test_heartbeat_with_a_saved_cluster_id_needs_no_register(controller: DevController) -> None:
@@ -269,15 +269,15 @@ async def test_one_connection_speaks_for_many(controller: DevController) -> None
         answer = await agent.ask("heartbeat", {"agent_id": "agent-a"})
         assert answer["type"] == "heartbeat_ack"
         assert (await agent.ask("heartbeat", {"agent_id": "agent-c"}))["type"] == "error"
-    assert controller.books.registry.presence(ids["a"]).heartbeats == 1
-    assert controller.books.registry.presence(ids["b"]).heartbeats == 0
+    assert controller.state.registry.presence(ids["a"]).heartbeats == 1
+    assert controller.state.registry.presence(ids["b"]).heartbeats == 0
 
 
 async def test_status_is_acknowledged_but_is_no_heartbeat(controller: DevController) -> None:
     async with registered(controller) as agent:
         answer = await agent.ask("status", {"cluster_id": agent.cluster_id, "nodes": [1] * 100}, request_id="s")
         assert (answer["type"], answer["request_id"]) == ("heartbeat_ack", "s")
-    assert controller.books.registry.presence(agent.cluster_id).heartbeats == 0
+    assert controller.state.registry.presence(agent.cluster_id).heartbeats == 0
 
 
 async def test_json_ping(controller: DevController) -> None:

@@ -188,7 +188,7 @@ async def test_what_a_fault_holds_back_is_not_told_as_sent(controller: DevContro
         assert pushed["commands"][0]["sent"] is False
         assert pushed["commands"][0]["sent_at"] is None
         assert (await api.get(f"/control/commands/{pushed['ids'][0]}"))["sent"] == []
-    assert controller.books.commands.get(pushed["ids"][0]).sent == []
+    assert controller.state.commands.get(pushed["ids"][0]).sent == []
 
 
 # --- the history ------------------------------------------------------------------------------------------------------

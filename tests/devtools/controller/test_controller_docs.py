@@ -36,8 +36,8 @@ def test_every_fault_with_its_fields() -> None:
 def test_every_call() -> None:
     clock = Clock()
     history = History(clock, max_events=1, max_bytes=1)
-    books = ControllerState(clock, Options(), history, ActiveFaults(), Registry(clock), CommandLog())
-    control = Control(Connections(books), LegacyApi(books, Tokens([])))
+    state = ControllerState(clock, Options(), history, ActiveFaults(), Registry(clock), CommandLog())
+    control = Control(Connections(state), LegacyApi(state, Tokens([])))
     calls = {f"{route.method} {route.path}" for route in control.routes()}
     told = set(re.findall(r"`((?:GET|POST|DELETE) /control/[^`?]*)`", PAGE))
     assert told == calls - {"GET /control"}

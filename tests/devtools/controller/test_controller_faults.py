@@ -64,7 +64,7 @@ async def test_refuse(controller: DevController, given_fault: fault.Refuse, retr
         assert response.status_code == given_fault.status
         assert response.headers.get("Retry-After") == retry_after
         assert json.loads(response.body)["success"] is False
-    controller.books.faults.clear(fault_id)
+    controller.state.faults.clear(fault_id)
     async with registered(controller):
         pass
 
@@ -116,7 +116,7 @@ async def test_drop_all(controller: DevController, how: How) -> None:
         for agent in (one, two):
             end = await agent.end()
             assert (end and (end.code, end.reason)) == ((1012, "restarting") if how is How.CLOSE else None)
-    assert not controller.books.faults.clear(fault_id), "it shows once"
+    assert not controller.state.faults.clear(fault_id), "it shows once"
     async with registered(controller):
         pass
 
@@ -145,7 +145,7 @@ async def test_drop_when_a_message_arrives(controller: DevController, discard: b
         await agent.send("command_result", {"command_id": "c-1", "success": True})
         assert await agent.end() is None
     await controller.wait_for(_closed)
-    command = controller.books.commands.get("c-1")
+    command = controller.state.commands.get("c-1")
     assert (command is None) is discard
     kinds = {event.kind for event in controller.history.after(0) if event.type == "command_result"}
     assert kinds == {EventKind.DISCARDED if discard else EventKind.RECEIVED}
@@ -171,7 +171,7 @@ async def test_silent(controller: DevController) -> None:
 async def test_silent_holds_back_what_is_pushed_and_ends_by_itself(controller: DevController) -> None:
     async with registered(controller) as agent:
         controller.set_fault(fault.Silent(duration_s=0.3))
-        (command,) = controller.hub.push(_spec(agent_id="agent-1"))
+        (command,) = controller.connections.push(_spec(agent_id="agent-1"))
         assert not command[1].written.done()
         assert (await agent.receive("command"))["payload"]["command_id"] == command[0].id
         ended = await controller.wait_for(lambda event: event.kind is EventKind.FAULT_ENDED)
@@ -206,7 +206,7 @@ async def test_stalled(controller: DevController) -> None:
         await agent.send("heartbeat", {"cluster_id": agent.cluster_id})
         await agent.ws.send("garbage")
         await agent.ping()
-        (command,) = controller.hub.push(_spec())
+        (command,) = controller.connections.push(_spec())
         await agent.ping()
         assert not command[1].written.done()
         async with registered(controller, "agent-2", "other"):
@@ -216,7 +216,7 @@ async def test_stalled(controller: DevController) -> None:
         await _expect_nothing_more(agent)
     lost = await controller.wait_for(lambda event: event.kind is EventKind.DISCARDED)
     assert lost.type == "heartbeat"
-    assert controller.books.registry.presence(agent.cluster_id).heartbeats == 0
+    assert controller.state.registry.presence(agent.cluster_id).heartbeats == 0
 
 
 async def test_slow(controller: DevController) -> None:
@@ -275,9 +275,9 @@ async def test_duplicate(controller: DevController) -> None:
 async def test_reorder(controller: DevController) -> None:
     async with registered(controller) as agent:
         controller.set_fault(fault.Reorder(window=3, hold_s=60))
-        (first,) = controller.hub.push(_spec())[0:1]
+        (first,) = controller.connections.push(_spec())[0:1]
         await agent.heartbeat()
-        more = controller.hub.push(_spec(count=2))
+        more = controller.connections.push(_spec(count=2))
         expected = [more[1][0].id, more[0][0].id, first[0].id]
         assert [(await agent.receive("command"))["payload"]["command_id"] for _ in range(3)] == expected
 
@@ -285,16 +285,16 @@ async def test_reorder(controller: DevController) -> None:
 async def test_reorder_does_not_wait_for_ever(controller: DevController) -> None:
     async with registered(controller) as agent:
         controller.set_fault(fault.Reorder(window=3, hold_s=0.05))
-        pushed = [command.id for command, _ in controller.hub.push(_spec(count=2))]
+        pushed = [command.id for command, _ in controller.connections.push(_spec(count=2))]
         assert [(await agent.receive("command"))["payload"]["command_id"] for _ in range(2)] == pushed[::-1]
         controller.clear_faults()
         controller.set_fault(fault.Reorder(window=3, hold_s=60))
-        pushed = [command.id for command, _ in controller.hub.push(_spec(count=2))]
+        pushed = [command.id for command, _ in controller.connections.push(_spec(count=2))]
         await agent.heartbeat()
         controller.clear_faults()
         assert [(await agent.receive("command"))["payload"]["command_id"] for _ in range(2)] == pushed[::-1]
         controller.set_fault(fault.Reorder(window=3, hold_s=60))
-        controller.hub.push(_spec())
+        controller.connections.push(_spec())
         await agent.heartbeat()
 
 
@@ -387,7 +387,7 @@ async def test_forget(controller: DevController) -> None:
         assert (await agent.ask("heartbeat", {}))["payload"] == {"error": "cluster not registered"}
         again = await agent.register("agent-1", "one")
         assert (again["status"], again["cluster_id"]) == ("registered", first["cluster_id"])
-    assert controller.books.faults.all() == []
+    assert controller.state.faults.all() == []
 
 
 async def test_new_cluster_ids(controller: DevController) -> None:
@@ -448,7 +448,7 @@ async def test_no_heartbeat_acks(controller: DevController) -> None:
         await agent.send("heartbeat")
         await _expect_nothing_more(agent)
         assert (await agent.heartbeat())["type"] == "heartbeat_ack"
-    assert controller.books.registry.presence(agent.cluster_id).heartbeats == 3
+    assert controller.state.registry.presence(agent.cluster_id).heartbeats == 3
 
 
 # --- setting faults ---------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ async def test_fault_starts_later_and_ends_by_itself(controller: DevController) 
 
 async def test_fault_that_has_not_started_can_be_cleared(controller: DevController) -> None:
     fault_id = controller.set_fault(fault.Drop(after_s=0.05))
-    assert controller.books.faults.clear(fault_id)
+    assert controller.state.faults.clear(fault_id)
     async with registered(controller) as agent:
         controller.set_fault(fault.Delay(delay_s=0.1, types=("pong",)))
         assert (await agent.ask("ping"))["type"] == "pong"

@@ -90,7 +90,7 @@ async def test_agent_after_the_guide(prepare, tmp_path: Path) -> None:
         assert register.request_id == "req_1"
         heartbeat = await controller.received("heartbeat", after=register.n)
         cluster_id = heartbeat.payload["cluster_id"]
-        assert controller.books.registry.get(cluster_id).name == "cluster-1"
+        assert controller.state.registry.get(cluster_id).name == "cluster-1"
         await controller.received("heartbeat", after=heartbeat.n)
 
         await controller.wait_for(lambda event: event.kind is EventKind.PONG_RECEIVED)
