@@ -30,14 +30,17 @@ class ReplicaClient:
         self._membership = membership
         self._pool = pool
 
-    async def ask_others(self, action: str, target: str, body: bytes, *, required: bool) -> Answers:
+    async def ask_others(
+        self, action: str, target: str, body: bytes, *, required: bool = False, complete: bool = False
+    ) -> Answers:
         """Have all other replicas carry out an action, as `management.subject.Subject.ask_others` describes."""
         members = self._membership.others()
         asked = (self.ask(member, action, target, body) for member in members)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         found = [(each.name, answer) for each, answer in zip(members, answers, strict=True) if isinstance(answer, dict)]
         for error in answers:
-            expected = isinstance(error, OperatorError) and (found or not required or error.status == NOT_FOUND)
+            optional = not complete and (found or not required)
+            expected = isinstance(error, OperatorError) and (optional or error.status == NOT_FOUND)
             if isinstance(error, BaseException) and not expected:
                 raise error
         return found
@@ -101,7 +104,7 @@ class ClusterAdmin:
         """Join a drain that goes on when this replica starts; poll the others' progress in a drain. Until cancelled."""
         while True:
             if self._starting or self._actions.draining or self._actions.drains_elsewhere:
-                answers = await self._subject.ask_others("progress", "", b"", required=False)
+                answers = await self._subject.ask_others("progress", "", b"")
                 self._actions.follow(join=self._starting)
                 view, answered = self._membership.view.members, {name for name, _ in answers}
                 unasked = any(each.name not in answered for each in self._membership.others())

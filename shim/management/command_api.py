@@ -56,7 +56,10 @@ class CommandApi:
         return await self._actions[action](target, body)
 
     async def everywhere(self, action: str, target: str, body: bytes) -> dict[str, Any]:
-        """Carry out an action where the command or agent is, a drain at all replicas. Raises `OperatorError`."""
+        """Carry out an action where the command or agent is, a drain at all replicas. Raises `OperatorError`.
+
+        If a replica does not answer, a drain goes on at the others, and repeating the order does no harm.
+        """
         try:
             mine = await self.here(action, target, body)
         except OperatorError as error:
@@ -65,10 +68,14 @@ class CommandApi:
             for _, answer in await self._subject.ask_others(action, target, body, required=True):
                 return answer
             raise
-        if action in ("trace", "drain", "resume"):
-            answers = await self._subject.ask_others(action, target, body, required=False)
-            if action != "trace":
-                return {"drain": msgspec.to_builtins(self._subject.admin_actions.progress())}
+        if action in ("drain", "resume"):
+            try:
+                await self._subject.ask_others(action, target, body, complete=True)
+            except OperatorError as error:
+                raise OperatorError(error.status, f"{error}; the others follow the order: repeat it") from None
+            return {"drain": msgspec.to_builtins(self._subject.admin_actions.progress())}
+        if action == "trace":
+            answers = await self._subject.ask_others(action, target, body)
             mine["commands"] += [each | {"replica": name} for name, answer in answers for each in answer["commands"]]
             if not mine["commands"]:
                 raise unknown_command()

@@ -170,15 +170,18 @@ class Subject:
         """Return the subject of a single bridge."""
         return cls(bridge.ctx, lambda: (bridge,))
 
-    async def ask_others(self, action: str, target: str, body: bytes, *, required: bool) -> Answers:
+    async def ask_others(
+        self, action: str, target: str, body: bytes, *, required: bool = False, complete: bool = False
+    ) -> Answers:
         """Have all other replicas carry out an action of `command_api.CommandApi`.
 
-        Returns the answers of those that could, with the replicas' names. Raises `OperatorError` if there is none, one
-        is `required`, and a replica did not answer or had a reason other than not knowing the target.
+        Returns the answers of those that could, with the replicas' names. A replica fails if it does not answer, or has
+        a reason other than not knowing the target. Raises `OperatorError` if one fails and the answers have to be
+        `complete`, or if one fails, none answered and an answer is `required`.
         """
         if self._ask_others is None:
             return []
-        answers = await self._ask_others(action, target, body, required=required)
+        answers = await self._ask_others(action, target, body, required=required, complete=complete)
         if action in ("drain", "resume", "progress"):
             # A replica that starts does not know yet if it is to drain: that it does not is no cancellation.
             known = [(name, answer["drain"]) for name, answer in answers if not answer.get("starting")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,15 @@ async def test_a_reason_is_told_if_an_answer_is_needed_and_none_came(reason: Ope
     with pytest.raises(OperatorError) as refused:
         await Answering(a=UNKNOWN, b=reason).ask_others("purge", "c-1", b"", required=True)
     assert refused.value is reason
-    assert await Answering(a=UNKNOWN, b=reason).ask_others("trace", "c-1", b"", required=False) == []
+    assert await Answering(a=UNKNOWN, b=reason).ask_others("trace", "c-1", b"") == []
+
+
+@pytest.mark.parametrize("reason", [AWAY, LATE])
+async def test_an_order_for_all_fails_if_one_did_not_take_it(reason: OperatorError) -> None:
+    with pytest.raises(OperatorError) as refused:
+        await Answering(a={"x": 1}, b=reason).ask_others("drain", "", b"", complete=True)
+    assert refused.value is reason
+    assert await Answering(a={"x": 1}).ask_others("drain", "", b"", complete=True) == [("a", {"x": 1})]
 
 
 async def test_nobody_knows_it() -> None:
@@ -162,3 +171,23 @@ async def test_a_replica_that_starts_during_a_drain_takes_part_in_it(tmp_path: P
         assert (await gate.do(c, "DELETE", "/drain"))[0] == 200
         await gate.push(agent, "taken")
         await gate.until_state(c, "taken", "queued")
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(240)
+async def test_a_drain_that_a_replica_did_not_take_is_no_success(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        b.send(signal.SIGSTOP)
+        status, reply = await gate.do(a, "POST", "/drain", {"timeout_s": 600})
+        assert (status, reply["error"]) == (
+            503,
+            "the replica b does not answer; the others follow the order: repeat it",
+        )
+        await gate.until_drain(a, "draining", "drained")
+        await gate.settled(a)  # b has lost its lease
+        assert (await gate.do(a, "POST", "/drain", {"timeout_s": 600}))[0] == 200
+        b.send(signal.SIGCONT)
+        await gate.settled(a, b)
+        await gate.until_drain(b, "draining", "drained")
