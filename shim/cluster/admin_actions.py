@@ -94,7 +94,8 @@ class ClusterAdmin:
 
     async def _carry_out(self, action: str, target: str, body: bytes) -> dict[str, Any]:
         if action == "progress":
-            return {"drain": msgspec.to_builtins(self._actions.progress_here()), "starting": self._starting}
+            drain = msgspec.to_builtins(self._actions.progress_here())
+            return {"drain": drain, "starting": self._starting, "shards": self._actions.shards_here}
         if action == "websocket":
             self._apply(msgspec.json.decode(body, type=WebSocketEvent))
             return {}

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from shim.bridge import Bridge, BridgeContext
 from shim.bridge.admin_actions import NOT_FOUND, AdminActions, Drain, DrainState, means, unknown_command
@@ -28,12 +29,17 @@ from shim.ports import Clock
 class Actions:
     """An operator's actions on all bridges of this process, also on those that are opened during a drain.
 
-    `drains_elsewhere` has the latest known progress of other replicas' drains, by the replica's name.
+    `shards` returns the number of shards of all replicas, 0 with a single process. `drains_elsewhere` has the latest
+    known progress of other replicas' drains, by the replica's name; `shards_elsewhere` counts the shards in it.
     """
 
-    def __init__(self, bridges: Callable[[], Sequence[Bridge]], clock: Clock) -> None:
+    def __init__(
+        self, bridges: Callable[[], Sequence[Bridge]], clock: Clock, shards: Callable[[], int] = lambda: 0
+    ) -> None:
         self._bridges = bridges
         self._clock = clock
+        self._shards = shards
+        self.shards_elsewhere = 0
         self._drain: Drain | None = None  # of this process, whichever bridges it has
         self._joined = False  # the drain was learnt from another replica
         self.drains_elsewhere: dict[str, Drain] = {}
@@ -49,8 +55,18 @@ class Actions:
         return together([*mine, *(bridge.admin_actions.progress() for bridge in self._bridges())])
 
     def progress(self) -> Drain:
-        """Return the progress of the drain at all replicas."""
-        return together([self.progress_here(), *self.drains_elsewhere.values()])
+        """Return the progress of the drain at all replicas.
+
+        It is not over while nobody counts the commands of some shard, because its owner does not answer or is gone.
+        """
+        drain = together([self.progress_here(), *self.drains_elsewhere.values()])
+        complete = self.shards_here + self.shards_elsewhere >= self._shards()
+        return drain if complete or drain.state is not DrainState.DRAINED else replace(drain, state=DrainState.DRAINING)
+
+    @property
+    def shards_here(self) -> int:
+        """The number of shards that this process serves."""
+        return len(self._bridges())
 
     def record_elsewhere(self, drains: dict[str, Drain]) -> None:
         """Record the progress of other replicas. Drains that are over are forgotten with this process's own."""
@@ -160,7 +176,7 @@ class Subject:
         self.ctx = ctx
         self.stopping = False
         self.replicas = replicas
-        self.admin_actions = Actions(bridges, ctx.clock)
+        self.admin_actions = Actions(bridges, ctx.clock, lambda: (replicas() or {}).get("shards", 0))
         self._bridges = bridges
         self._ask_others = ask_others
         self._hand_overs_s: deque[float] = deque(maxlen=MAX_HAND_OVER_SAMPLES)
@@ -187,6 +203,8 @@ class Subject:
             known = [(name, answer["drain"]) for name, answer in answers if not answer.get("starting")]
             drains = {name: msgspec.convert(drain, Drain) for name, drain in known}
             self.admin_actions.record_elsewhere(drains)
+        if action == "progress":
+            self.admin_actions.shards_elsewhere = sum(answer.get("shards", 0) for _, answer in answers)
         return answers
 
     # --- links and agents ---------------------------------------------------------------------------------------------

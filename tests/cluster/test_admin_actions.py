@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import sys
+from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +194,47 @@ async def test_a_drain_that_a_replica_did_not_take_is_no_success(tmp_path: Path,
         b.send(signal.SIGCONT)
         await gate.settled(a, b)
         await gate.until_drain(b, "draining", "drained")
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(240)
+async def test_a_drain_does_not_end_before_the_shards_of_a_dead_replica_are_counted(
+    tmp_path: Path, pg_url: str
+) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        agent = gate.agent(1)
+        await agent.register(a)
+        owner, other = await elsewhere(gate, agent)
+        await gate.push(agent, "c-1")
+        await gate.until_state(owner, "c-1", "queued")
+        wait = [
+            "drain",
+            "--wait",
+            "--timeout",
+            "600",
+            "--url",
+            other.admin,
+            "--token-file",
+            str(tmp_path / "admin-token"),
+        ]
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "shim", *wait, stdout=PIPE)
+        try:
+            assert process.stdout is not None
+            assert b"1 command" in await process.stdout.readline()
+            await owner.kill()
+            await gate.settled(other)
+            await gate.until_state(other, "c-1", "queued")
+            assert process.returncode is None
+            assert await agent.poll_until(other, "c-1") == ["c-1"]
+            await agent.result(other, "c-1")
+            ended = asyncio.ensure_future(process.wait())
+            while not ended.done():  # the controller has confirmed a result when it acknowledges a later heartbeat
+                await agent.heartbeat(other)
+                await asyncio.wait([ended], timeout=1)
+            assert ended.result() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
