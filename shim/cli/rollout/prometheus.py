@@ -102,8 +102,10 @@ class Prometheus:
         self._timeout_s = timeout_s
         # As for the shim's own connections, loopback is never proxied by the environment; urllib would do so.
         proxies = {} if is_loopback(host) else urllib.request.getproxies()
-        proxy = "" if urllib.request.proxy_bypass(host) else proxies.get(parts.scheme)
-        through = f" (through {origin_of(proxy)}, the proxy of the environment)" if proxy else ""
+        # With the port, as urllib asks: NO_PROXY may name one. A proxy's scheme may be left out.
+        proxy = "" if urllib.request.proxy_bypass(netloc) else proxies.get(parts.scheme, "")
+        origin = origin_of(proxy if "://" in proxy else f"http://{proxy}")
+        through = f" (through {origin}, the proxy of the environment)" if proxy else ""
         self._shown = self.address + through
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
         self._headers = {"Accept": "application/json"}

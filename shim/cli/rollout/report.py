@@ -211,7 +211,8 @@ def summary(report: Report) -> str:
     over = [each.name for each in report.clusters if each.over]
     if over:
         # A date that one cluster has alone takes its way back, and must not be shown as that of all.
-        parts.append("the HTTP API is over" + (f" by sunset.at of {', '.join(map(printable, over))}" if days else ""))
+        whose = "" if _all_over(report) else f" by sunset.at of {', '.join(map(printable, over))}"
+        parts.append(f"the HTTP API is over{whose}")
     if days:
         parts.append(f"{plural(int(min(days)), 'day')} until the HTTP API ends")
     return ", ".join(parts)
@@ -220,6 +221,12 @@ def summary(report: Report) -> str:
 def _days_left(rows: Sequence[Cluster]) -> list[float]:
     """Return the days until the end of the HTTP API of the clusters for which it is not over."""
     return [each.sunset_days for each in rows if each.sunset_days is not None and not each.over]
+
+
+def _all_over(report: Report) -> bool:
+    """Return True if the HTTP API is over for every cluster that was seen. One without a date still uses it."""
+    seen = [each for each in report.clusters if each.seen]
+    return bool(seen) and all(each.over for each in seen)
 
 
 def reason_line(reason: Reason) -> str:
@@ -330,7 +337,7 @@ def _tiles(report: Report) -> str:
         _tile("clusters seen whole", f"{len(seen)} of {len(rows)}", "good" if len(seen) == len(rows) else "warning"),
         _tile("clusters in", f"{len(canary)} of {len(rows)}", ""),
     ]
-    days = _days_left(rows) or [0.0 for each in rows if each.over]
+    days = _days_left(rows) or ([0.0] if _all_over(report) else [])
     if days:
         tiles.append(_tile("days until the HTTP API ends", f"{int(min(days))}", "bad" if min(days) < 7 else ""))
     for name, title in TITLES.items():

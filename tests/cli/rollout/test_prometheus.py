@@ -164,10 +164,14 @@ async def test_an_answer_through_a_proxy_of_the_environment_names_it() -> None:
         proxy = {"http_proxy": f"http://user:s3cret@{address}", "no_proxy": "", "NO_PROXY": ""}
         code, data, _ = await report("--prometheus", "http://prom.test", **proxy)
         near = await report("--prometheus", "http://127.0.0.1:1", **proxy)
+        without_scheme = await report("--prometheus", "http://prom.test", **proxy | {"http_proxy": address})
+        direct = await report("--prometheus", "http://prom.test:1", **proxy | {"no_proxy": "prom.test:1"})
     where = f"http://prom.test (through http://{address}, the proxy of the environment)"
     assert (code, data["reasons"][0]["text"]) == (1, f"{where} answers 503: not what a Prometheus answers")
     # Loopback is not proxied, as for the shim's own connections.
     assert near[1]["reasons"][0]["text"] == "http://127.0.0.1:1 does not answer: Connection refused"
+    assert without_scheme[1]["reasons"][0]["text"].startswith(f"{where} answers 503")
+    assert direct[1]["reasons"][0]["text"].startswith("http://prom.test:1 does not answer: ")
     assert "s3cret" not in json.dumps(data)
 
 

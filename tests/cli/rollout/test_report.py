@@ -53,6 +53,9 @@ def test_the_end_of_one_cluster_is_not_that_of_all(make_cluster: MakeCluster) ->
     assert '<b class="">20</b><span>days until' in page(report(dated, over))
     assert summary(report(over)).endswith("the HTTP API is over")
     assert '<b class="bad">0</b><span>days until' in page(report(over))
+    undated = report(make_cluster("undated"), over)
+    assert summary(undated).endswith("the HTTP API is over by sunset.at of over")
+    assert "days until" not in page(undated)
 
 
 def test_the_json_has_what_the_text_has(make_cluster: MakeCluster) -> None:
