@@ -165,6 +165,8 @@ def describe_configuration(where: str, settings: Settings, warnings: Iterable[st
     doubtful = [warned("config", warning, todo) for warning in warnings]
     if settings.mode != "http":
         return [passed("config", f"{where}: mode {settings.mode}"), *doubtful]
+    if _http_is_over(settings):
+        return [passed("config", f"{where}: mode http, which is as websocket since sunset.at"), *doubtful]
     api = origin_of(fallback_url(settings))
     text = f"{where}: mode http, agents are served by the vendor's HTTP API at {api}"
     return [warned("config", text, "the WebSocket side is examined as well: it is the way to go on to"), *doubtful]
@@ -261,11 +263,16 @@ def _ways(upstream: Upstream, token: str) -> tuple[tuple[str, bool, bool], ...]:
             return (header,)
 
 
+def _http_is_over(settings: Settings) -> bool:
+    """Return True after `sunset.at`: no call goes to the vendor's HTTP API any longer, whatever the mode is."""
+    return bool(settings.sunset.at) and Clock().wall_s() >= parse_date_s(settings.sunset.at)
+
+
 async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     """Return the findings on the vendor's HTTP API, which a rollback needs. Nothing if it is not used."""
     if not settings.uses_fallback:
         return []
-    if settings.sunset.at and Clock().wall_s() >= parse_date_s(settings.sunset.at):
+    if _http_is_over(settings):
         return [passed("fallback", "not asked: sunset.at has passed, and no call goes there any longer")]
     dialling = settings.fallback.dialling(settings.upstream)
     url = under(fallback_url(settings), "/api/v1/health")

@@ -17,7 +17,7 @@ from shim.cli.doctor.report import Finding, failed, passed, warned
 from shim.cli.doctor.running_shim import RunningShim
 from shim.cli.threads import within
 from shim.config import settings
-from shim.errors import ConfigError, StoreError
+from shim.errors import ConfigError, StoreError, StoreVersionError
 from shim.hosts import is_this_machine
 from shim.store import advice, check_database, check_files
 
@@ -214,7 +214,8 @@ def _contents(path: Path, running: RunningShim) -> Iterator[Finding]:
     try:
         check_database(path)
     except (StoreError, OSError) as error:
-        todo = "run the newer version, or give this one a store.path of its own"
+        newer = "run the newer version, or " if isinstance(error, StoreVersionError) else ""
+        todo = f"{newer}give this shim a store.path of its own"
         yield failed("database", str(error), todo)
         return
     if not running.answers and _locked(path):

@@ -13,6 +13,7 @@ from shim.cli.inject import sidecar
 from shim.cli.inject.settings import PodSettings, merge
 from shim.cli.inject.shapes import WORKLOADS, check, is_pod
 from shim.cli.inject.sidecar import InjectError, Map, Sidecar
+from shim.core.text import printable
 
 _HEAD = "---\n"
 _SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
@@ -157,7 +158,8 @@ class _Chunk:
                 continue
             metadata = data.get("metadata")
             name = metadata.get("name") if isinstance(metadata, dict) else None
-            yield f"{data.get('kind')} {name or 'without a name'} has an agent and is left unchanged: {why}"
+            who = printable(f"{data.get('kind') or 'Object'} {name or 'without a name'}")
+            yield f"{who} has an agent and is left unchanged: {why}"
 
     def _objects(self) -> Iterator[Map]:
         """Return the object of the document, or those in its List."""

@@ -49,7 +49,7 @@ async def test_a_text_file_in_the_place_of_the_store(doctor: Doctor) -> None:
     path = doctor.folder / "settings.yaml"
     path.write_text("mode: websocket\n")
     found = await doctor.examine(store={"path": str(path)}, upstream=NOWHERE)
-    found.expect("database", "FAIL", f"{path} is a text file", "a store.path of its own")
+    found.expect("database", "FAIL", f"{path} is a text file", "-> give this shim a store.path of its own")
     assert path.read_text() == "mode: websocket\n"
 
 

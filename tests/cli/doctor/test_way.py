@@ -310,6 +310,7 @@ async def test_the_way_back(doctor: Doctor) -> None:
         bad.expect("fallback", "FAIL", "refused")
         ended = await doctor.examine(mode="http", upstream=way, fallback={"url": bad_url}, sunset={"at": "2026-01-31"})
         ended.expect("fallback", "PASS", "not asked")
+        ended.expect("config", "PASS", "mode http, which is as websocket")
 
         async def gone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_head(reader)

@@ -395,6 +395,17 @@ def test_every_agent_that_is_left_unchanged_is_reported_with_the_reason() -> Non
         assert done.stdout.startswith(text)
 
 
+def test_an_object_that_is_left_unchanged_is_named_without_a_kind_and_without_control_characters() -> None:
+    lines: list[str] = []
+    pod = {"metadata": {"name": "one\x1b[1m"}, **AGENT_POD}
+    inject(
+        f"{yaml.safe_dump({'kind': 'List', 'items': [pod]})}---\n{MINIMAL}",
+        Options(IMAGE, own_token=True),
+        lines.append,
+    )
+    assert [line.partition(" has ")[0] for line in lines] == ["Object one?[1m"]
+
+
 def test_the_reasons_come_before_the_error_that_there_is_no_other_agent() -> None:
     done = agent_shim("--image", IMAGE, "--own-token", stdin=yaml.safe_dump(NOT_CHANGED[0]))
     assert (done.returncode, done.stdout) == (1, "")
