@@ -36,10 +36,13 @@ def test_going_on_prints_the_change_and_nothing_else(
     out, err = capsys.readouterr()
     assert yaml.safe_load(out) == {"config": {"mode": "websocket", "rollout": {"percent": 50}}}
     assert "Go on." in err
+    assert "different modes" not in err
     assert advice(make_cluster(), form="config") == 0
     assert yaml.safe_load(capsys.readouterr().out) == {"mode": "websocket", "rollout": {"percent": 50}}
     assert advice(make_cluster(), make_cluster("b", modes=["auto"])) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == {"config": {"rollout": {"percent": 50}}}  # each keeps its mode
+    out, err = capsys.readouterr()
+    assert yaml.safe_load(out) == {"config": {"rollout": {"percent": 50}}}  # each keeps its mode
+    assert "if it replaces a file, keep the mode there" in err
 
 
 def test_after_the_last_step_the_output_still_has_the_values(
