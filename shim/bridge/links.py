@@ -168,8 +168,8 @@ class UpstreamLink:
 
     `connection` is the open connection, `up_connection` the same one while it may carry heartbeats and results: None
     while registrations are still being replayed. `changed_at` is the monotonic time since when the link has been
-    online, or needed without being online. `acks` is True if the controller acknowledges heartbeats, as far as earlier
-    connections have shown, or None.
+    online, or was first needed without being online. `acks` is True if the controller acknowledges heartbeats, as far
+    as earlier connections have shown, or None.
     """
 
     def __init__(self, ctx: BridgeContext, owner: str, name: str, token: str, shared: LinkContext) -> None:
@@ -233,7 +233,8 @@ class UpstreamLink:
         state = self.machine.state
         self.up_connection = self.connection if state is LinkState.ONLINE else None
         if state is not before:
-            if LinkState.ONLINE in (before, state) or before is LinkState.IDLE:
+            # A link that was given up while it was down is as little online as before when it is needed again.
+            if LinkState.ONLINE in (before, state) or (before is LinkState.IDLE and not self.last_failure):
                 self.changed_at = now
             # Logged at level info if a connection came or went, else at level debug.
             matters = before in _CONNECTED or state in (LinkState.ONLINE, LinkState.IDLE, LinkState.STOPPED)

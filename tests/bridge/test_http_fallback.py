@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from shim.core.agent_calls import PollCall, RegisterCall, ResultCall
+from shim.core.link_state import LinkState
 from shim.core.records import MarkCommands
 from shim.fallback import FallbackPolicy
 from shim.ports import Caller, ProxyRequest, ProxyResponse
@@ -157,3 +158,21 @@ async def test_the_first_call_after_a_long_outage_goes_by_http_and_after_a_long_
     world.controller.come_back()
     await world.pass_s(70)
     assert not by_http(passthrough, agent)
+
+
+async def test_an_agent_so_rare_that_its_link_is_given_up_between_its_calls_fails_over(make_world: MakeWorld) -> None:
+    world = await make_world(**AUTO)
+    passthrough = FallbackPolicy(world.bridge)
+    agent = world.agent()
+    await agent.register()
+    world.controller.go_away()
+    await world.pass_s(600)
+    (link,) = world.bridge.links
+    assert link.state is LinkState.IDLE
+    assert by_http(passthrough, agent)
+    world.controller.come_back()
+    await world.pass_s(70)
+    assert not by_http(passthrough, agent)
+    await world.pass_s(600)
+    assert link.state is LinkState.IDLE
+    assert not by_http(passthrough, agent), "a link that was closed because nobody needed it was not down"
