@@ -73,12 +73,17 @@ class ClusterAdmin:
     ) -> None:
         self._subject = subject
         self._membership = membership
-        self._starting = True  # until all other replicas have been asked once if they drain
+        self._starting = True  # until this member has asked all other replicas once if they drain
         self._actions = subject.admin_actions
         self._api = CommandApi(subject)
         self._client = client
         self._locator = locator
         self._spawn = spawn
+
+    def lease_lost(self) -> None:
+        """Ask the other replicas again if they drain: they order and cancel drains without one that is no member."""
+        self._starting = True
+        self._actions.end_with_others()
 
     async def carry_out(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Carry out a request of `ReplicaClient.ask`, and return the status and the JSON of the reply."""
@@ -95,7 +100,8 @@ class ClusterAdmin:
     async def _carry_out(self, action: str, target: str, body: bytes) -> dict[str, Any]:
         if action == "progress":
             drain = msgspec.to_builtins(self._actions.progress_here())
-            return {"drain": drain, "starting": self._starting, "shards": self._actions.shards_here}
+            starting = self._starting and not self._actions.draining
+            return {"drain": drain, "starting": starting, "shards": self._actions.shards_here}
         if action == "websocket":
             self._apply(msgspec.json.decode(body, type=WebSocketEvent))
             return {}
@@ -107,9 +113,10 @@ class ClusterAdmin:
             if self._starting or self._actions.draining or self._actions.drains_elsewhere:
                 answers = await self._subject.ask_others("progress", "", b"")
                 self._actions.follow(join=self._starting)
-                view, answered = self._membership.view.members, {name for name, _ in answers}
-                unasked = any(each.name not in answered for each in self._membership.others())
-                self._starting = self._starting and (unasked or self._membership.me.process not in view)
+                membership, answered = self._membership, {name for name, _ in answers}
+                member = membership.valid() and membership.me.process in membership.view.members
+                if member and all(each.name in answered for each in membership.others()):
+                    self._starting = False
             await self._membership.wait_for_change(PROGRESS_S)
 
     def websocket_event(self, event: WebSocketEvent) -> None:

@@ -149,6 +149,7 @@ class Replica:
 
     def _lease_lost(self, reason: str) -> None:
         self.shards.lease_lost(reason)
+        self._admin.lease_lost()
 
     def _bridge_context(self) -> BridgeContext:
         context = self._runtime_context

@@ -57,11 +57,19 @@ class Actions:
     def progress(self) -> Drain:
         """Return the progress of the drain at all replicas.
 
-        It is not over while nobody counts the commands of some shard, because its owner does not answer or is gone.
+        Before its deadline it is not over while nobody counts the commands of some shard, because its owner does not
+        answer or is gone.
         """
         drain = together([self.progress_here(), *self.drains_elsewhere.values()])
-        complete = self.shards_here + self.shards_elsewhere >= self._shards()
-        return drain if complete or drain.state is not DrainState.DRAINED else replace(drain, state=DrainState.DRAINING)
+        if drain.state is not DrainState.DRAINED or self.shards_here + self.shards_elsewhere >= self.shards:
+            return drain
+        late = self._clock.wall_s() >= drain.deadline_unix
+        return replace(drain, state=DrainState.TIMED_OUT if late else DrainState.DRAINING)
+
+    @property
+    def shards(self) -> int:
+        """The number of shards of all replicas, 0 with a single process."""
+        return self._shards()
 
     @property
     def shards_here(self) -> int:
@@ -77,7 +85,7 @@ class Actions:
         wall = self._clock.wall_s()
         since = wall if self._drain is None else self._drain.since_unix
         self._drain = Drain(DrainState.DRAINED, since, wall + timeout_s, 0, 0, 0)
-        self._joined = False
+        self._joined, self.shards_elsewhere = False, 0
         for bridge in self._bridges():
             bridge.admin_actions.drain(timeout_s)
         return self.progress_here()
@@ -95,6 +103,10 @@ class Actions:
             self._joined = True
         elif self._joined and self.drains_elsewhere and not deadlines:
             self.resume()
+
+    def end_with_others(self) -> None:
+        """Treat the drain, if there is one, as learnt from the other replicas: they may have ended it unnoticed."""
+        self._joined = self._drain is not None
 
     def resume(self) -> Drain:
         """End the drain and accept commands again."""
@@ -200,11 +212,12 @@ class Subject:
         answers = await self._ask_others(action, target, body, required=required, complete=complete)
         if action in ("drain", "resume", "progress"):
             # A replica that starts does not know yet if it is to drain: that it does not is no cancellation.
-            known = [(name, answer["drain"]) for name, answer in answers if not answer.get("starting")]
-            drains = {name: msgspec.convert(drain, Drain) for name, drain in known}
+            known = [(name, answer) for name, answer in answers if not answer.get("starting")]
+            drains = {name: msgspec.convert(answer["drain"], Drain) for name, answer in known}
             self.admin_actions.record_elsewhere(drains)
-        if action == "progress":
-            self.admin_actions.shards_elsewhere = sum(answer.get("shards", 0) for _, answer in answers)
+            if action == "progress":  # an earlier version does not tell its shards: do not wait for them
+                shards = (answer.get("shards", self.admin_actions.shards) for _, answer in known)
+                self.admin_actions.shards_elsewhere = sum(shards)
         return answers
 
     # --- links and agents ---------------------------------------------------------------------------------------------

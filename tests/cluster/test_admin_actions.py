@@ -7,17 +7,19 @@ import signal
 import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("psycopg")
 
 from shim.bridge.admin_actions import Drain, DrainState
-from shim.cluster.admin_actions import ReplicaClient
+from shim.cluster.admin_actions import ClusterAdmin, ReplicaClient
 from shim.core.shards import Member
 from shim.errors import OperatorError
-from shim.management.subject import Actions
+from shim.management.subject import Actions, Subject
 from tests.support.replicas import ENDED, elsewhere, gateway
 
 UNKNOWN, AWAY, LATE = OperatorError(404, "unknown"), OperatorError(503, "b does not answer"), OperatorError(409, "late")
@@ -70,8 +72,10 @@ async def test_nobody_knows_it() -> None:
 
 
 class StandingClock:
+    wall = 1000.0
+
     def wall_s(self) -> float:
-        return 1000.0
+        return self.wall
 
     def monotonic_s(self) -> float:
         return 0.0
@@ -93,6 +97,67 @@ def test_only_a_drain_that_was_learnt_from_others_ends_with_theirs() -> None:
     actions.record_elsewhere({"a": off})
     actions.follow(join=True)
     assert actions.draining, "this one was told to drain"
+
+
+DRAINED = Drain(DrainState.DRAINED, 990.0, 1060.0, 0, 0, 0)
+
+
+class Others:
+    """A subject without shards of its own, and what the other replicas answer."""
+
+    def __init__(self, **answers: dict[str, Any]) -> None:
+        self.clock, self.answers = StandingClock(), answers
+        ctx: Any = SimpleNamespace(clock=self.clock)
+        self.subject = Subject(ctx, list, lambda: {"shards": 16}, self._ask)
+        self.actions = self.subject.admin_actions
+
+    async def _ask(self, *_: Any, **__: Any) -> list[tuple[str, dict[str, Any]]]:
+        return list(self.answers.items())
+
+    async def state(self) -> DrainState:
+        await self.subject.ask_others("progress", "", b"")
+        return self.actions.progress().state
+
+
+def answer(drain: Drain = DRAINED, **more: Any) -> dict[str, Any]:
+    return {"drain": msgspec.to_builtins(drain), **more}
+
+
+async def test_a_drain_of_shards_that_nobody_counts_is_late_after_its_deadline() -> None:
+    others = Others(a=answer(shards=15, starting=False))
+    others.actions.drain(60)
+    assert await others.state() is DrainState.DRAINING
+    others.clock.wall = 1060.0
+    assert await others.state() is DrainState.TIMED_OUT, "drain --wait waits no longer than it was told"
+    others.answers["b"] = answer(shards=1, starting=False)
+    assert await others.state() is DrainState.DRAINED
+
+
+async def test_a_replica_of_an_earlier_version_does_not_tell_its_shards() -> None:
+    others = Others(a=answer())
+    others.actions.drain(60)
+    assert await others.state() is DrainState.DRAINED
+
+
+async def test_the_shards_of_a_replica_whose_commands_are_not_counted_do_not_count() -> None:
+    others = Others(a=answer(shards=8, starting=False), b=answer(shards=8, starting=True))
+    others.actions.drain(60)
+    assert await others.state() is DrainState.DRAINING
+    others.answers["b"] = answer(shards=8, starting=False)
+    assert await others.state() is DrainState.DRAINED
+    others.actions.resume()
+    assert others.actions.drain(60).state is DrainState.DRAINED
+    assert others.actions.progress().state is DrainState.DRAINING, "who had the shards in an earlier drain is no answer"
+
+
+async def test_a_replica_that_drains_is_counted_although_it_has_not_asked_all_others_yet() -> None:
+    nobody: Any = None
+    subject = Others().subject
+    admin = ClusterAdmin(subject, nobody, nobody, nobody, nobody)
+    for draining in (False, True):
+        _, reply = await admin.carry_out("/progress/", b"")
+        assert msgspec.json.decode(reply)["starting"] is not draining
+        subject.admin_actions.drain(60)
 
 
 # --- on real processes ----------------------------------------------------------------------------------------------
@@ -238,3 +303,22 @@ async def test_a_drain_does_not_end_before_the_shards_of_a_dead_replica_are_coun
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+@pytest.mark.needs("postgresql")
+@pytest.mark.timeout(240)
+async def test_a_replica_that_comes_back_follows_what_was_ordered_without_it(tmp_path: Path, pg_url: str) -> None:
+    async with gateway(tmp_path, pg_url) as gate:
+        a, b = await gate.add("a", "b")
+        await gate.settled(a, b)
+        for method, body, states in (
+            ("POST", {"timeout_s": 600}, ("draining", "drained")),
+            ("DELETE", None, ("off",)),
+        ):
+            b.send(signal.SIGSTOP)
+            await gate.settled(a)  # b is no member any longer, so it is not asked
+            assert (await gate.do(a, method, "/drain", body))[0] == 200
+            b.send(signal.SIGCONT)
+            await gate.settled(a, b)
+            await gate.until_drain(b, *states)
+            await gate.until_drain(a, *states)
