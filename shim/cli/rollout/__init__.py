@@ -256,7 +256,7 @@ def advise(report: Report, steps: Sequence[float], form: str, target: Target, *,
     following = next_percent(current, steps)
     names = [each.name for each in report.clusters if each.seen]
     if form != "helm" and not start and not _mode(report):
-        _say("The clusters have different modes, and the change has none: if it replaces a file, keep the mode there.")
+        _say("The modes differ or are unknown, and the change has none: if it replaces a file, keep the mode there.")
     if following is None:
         last = f"--steps ends at {current:g} %: name the next one there."
         _say("Every step is taken. docs/how-to/removal.md says when a shim can go." if current >= 100 else last)
