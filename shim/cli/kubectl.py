@@ -8,12 +8,12 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from threading import Event
 from typing import Any, NamedTuple
 
 import click
 
 from shim.cli.inject.missing_sidecars import listed
+from shim.cli.threads import Interruption
 from shim.core.text import printable
 
 ERROR_CHARS = 300
@@ -28,7 +28,7 @@ class Terms(NamedTuple):
 
     namespace: str
     timeout_s: float
-    interrupted: Event
+    interruption: Interruption
 
     @property
     def where(self) -> str:
@@ -72,7 +72,7 @@ def _communicate(process: subprocess.Popen[bytes], terms: Terms, verb: str) -> t
     """Return standard output and standard error. Kills the process when its time is over, or on Ctrl-C."""
     left_s = terms.timeout_s
     try:
-        while left_s > 0 and not terms.interrupted.is_set():
+        while left_s > 0 and not terms.interruption.came:
             try:
                 return process.communicate(timeout=min(left_s, LOOK_S))
             except subprocess.TimeoutExpired:

@@ -35,6 +35,12 @@ class DaemonThreads(ThreadPoolExecutor):
         return future
 
 
+class Interruption:
+    """Flag of a signal handler. It takes no lock, unlike `threading.Event`: the interrupted code may hold that lock."""
+
+    came = False
+
+
 def within(limit_s: float, work: Callable[[], T]) -> T:
     """Return the result of a call. Raises `TimeoutError` if it takes longer than `limit_s`, and leaves it alone."""
     try:

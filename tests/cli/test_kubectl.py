@@ -6,13 +6,13 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 
 import click
 import pytest
 
 from shim.cli.inject.missing_sidecars import agents
 from shim.cli.kubectl import ALL, Terms, pods, run
+from shim.cli.threads import Interruption
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def play(kubectl: Path, script: str) -> None:
 
 
 def terms(namespace: str = "pipeops-system") -> Terms:
-    return Terms(namespace, 120, Event())
+    return Terms(namespace, 120, Interruption())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_program_that_kubectl_has_started_ends_with_it(kubectl: Path) -> None:
         outcome = pool.submit(run, asked, (), "get", "pods")
         with login.open() as started:
             assert started.readline() == "started\n"
-            asked.interrupted.set()
+            asked.interruption.came = True
             with pytest.raises(click.ClickException, match="did not end"):
                 outcome.result()
             assert started.read() == "", "the end of the file: nobody holds it any more"

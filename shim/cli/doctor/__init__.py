@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from threading import Event
 
 import click
 
@@ -292,7 +291,7 @@ async def _examine_network(settings: Settings, token: str, environ: Mapping[str,
 
 def examine_cluster(namespace: str) -> list[Finding]:
     """Return one finding for all agents with a sidecar and one for each without; `all` selects every namespace."""
-    terms = kubectl.Terms(namespace, KUBECTL_S, Event())
+    terms = kubectl.Terms(namespace, KUBECTL_S, threads.Interruption())
     try:
         pods = agents(kubectl.pods(terms))
     except click.ClickException as error:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Event
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -27,6 +26,7 @@ from shim.cli.rollout import placement
 from shim.cli.rollout.cluster import Cluster, Status, add_status, read_status
 from shim.cli.rollout.placement import Place
 from shim.cli.rollout.prometheus import Prometheus, clusters
+from shim.cli.threads import Interruption
 from shim.clock import Clock
 from shim.config.loader import read_secret
 from shim.config.settings import Rollout
@@ -186,7 +186,7 @@ def source_of(  # noqa: PLR0913 - one for each option
     expected = tuple(dict.fromkeys(placement.read_cluster_names(expect))) if expect else ()
     if expect and not expected:  # a list whose making failed must not count as one that every report fulfils
         raise click.ClickException(f"{expect} names no cluster")
-    source = Source(Terms(namespace, timeout_s, Event()), parallel, expected)
+    source = Source(Terms(namespace, timeout_s, Interruption()), parallel, expected)
     if prometheus_url:
         return source._replace(prometheus=_prometheus(prometheus_url, token_file, cluster_label, timeout_s))
     if urls:
@@ -216,7 +216,7 @@ def collect(source: Source) -> tuple[list[Cluster], list[str]]:
             if not rows:
                 faults.append("this Prometheus has no series of a shim: agent_shim_build_info, in the last 24 h")
     else:
-        rows = in_parallel(list(source.readers.items()), source.parallel, _read, source.terms.interrupted)
+        rows = in_parallel(list(source.readers.items()), source.parallel, _read, source.terms.interruption)
         _find_same_shims(rows)
     names = {each.name for each in rows}
     rows += [Cluster(name=name, gaps=["expected, and not seen"]) for name in source.expected if name not in names]
@@ -268,26 +268,40 @@ def contexts_places(
         unknown = [Place("", None, "", {}, context=access.name, problem=problem) for problem in problems]
         return places + unknown
 
-    terms = Terms(namespace, timeout_s, Event())
+    terms = Terms(namespace, timeout_s, Interruption())
     found = by_contexts(split(contexts), terms)
-    return [place for places in in_parallel(found, PARALLEL, ask, terms.interrupted) for place in places]
+    return [place for places in in_parallel(found, PARALLEL, ask, terms.interruption) for place in places]
 
 
-def in_parallel(items: Sequence[_T], parallel: int, function: Callable[[_T], _R], interrupted: Event) -> list[_R]:
+def in_parallel(
+    items: Sequence[_T], parallel: int, function: Callable[[_T], _R], interruption: Interruption
+) -> list[_R]:
     """Return the results in the order of the items, computed in at most `parallel` threads.
 
-    `interrupted` is set on Ctrl-C and SIGTERM, so that running functions can end early: the pool waits for them.
+    Ctrl-C and SIGTERM set `interruption`, so that running functions can end early, and raise `KeyboardInterrupt` when
+    they have ended. Without SIGTERM, a pipeline that ends this process would leave its kubectls behind.
     """
-    # Without it, a pipeline that ends this process would leave its kubectls behind, which have sessions of their own.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ThreadPoolExecutor(max_workers=parallel) as pool:
-        try:
-            return list(pool.map(function, items))
-        except BaseException:
-            interrupted.set()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
+
+    def interrupt(*_: object) -> None:
+        """Set the flag. An exception here could leave a lock of the pool taken, and the pool would never end."""
+        interruption.came = True
+
+    def call(item: _T) -> _R:
+        """Call the function, unless the user has interrupted it."""
+        if interruption.came:
+            raise KeyboardInterrupt
+        return function(item)
+
+    before = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with ThreadPoolExecutor(max_workers=parallel) as pool:
+            results = list(pool.map(call, items))
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    if interruption.came:
+        raise KeyboardInterrupt
+    return results
 
 
 def split(text: str) -> list[str]:

@@ -16,6 +16,8 @@ from click.testing import CliRunner
 
 from shim.cli.commands import cli
 from shim.cli.rollout.placement import place, places
+from shim.cli.rollout.sources import in_parallel
+from shim.cli.threads import Interruption
 from shim.config.settings import Rollout
 from shim.core.failover import bucket
 
@@ -208,6 +210,24 @@ def test_an_interrupted_report_has_no_verdict(part: str, tmp_path: Path) -> None
             child.send_signal(signal.SIGINT)
             out, _ = child.communicate(timeout=60)
         assert (child.returncode, out) == (64, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_raises_nothing_while_the_pool_may_hold_a_lock(number: signal.Signals) -> None:
+    """An exception between two instructions of `threading` left a lock taken: the report waited for ever."""
+    before, interruption, called = signal.getsignal(number), Interruption(), []
+
+    def read(item: int) -> int:
+        called.append(item)
+        handler = signal.getsignal(number)
+        assert callable(handler)
+        handler(number, None)
+        return item
+
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel([1, 2, 3], 1, read, interruption)
+    assert called == [1]
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
