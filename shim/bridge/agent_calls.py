@@ -6,6 +6,7 @@ Calls that need neither the disk nor the controller are answered synchronously, 
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -162,12 +163,8 @@ class AgentCallHandler:
         if cluster_id:
             call = replace(call, payload={**call.payload, "cluster_id": cluster_id})
 
-        def cached() -> Outcome | None:
-            """Return the stored registration, or None."""
-            known = self._session_registry.stored_for(owner, call)
-            return known.registered(cached=True) if known is not None else None
-
-        outcome = await self._registrations.register(link, call, cached, arrived_s)
+        find_stored = partial(self._session_registry.stored_for, owner, call)
+        outcome = await self._registrations.register(link, call, find_stored, arrived_s)
         if isinstance(outcome, Registered):
             left_s = arrived_s + self._ctx.settings.register.deadline_s - self._ctx.now
             await self._session_registry.registration_answered(owner, call, outcome, left_s)

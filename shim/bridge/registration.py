@@ -14,12 +14,13 @@ from shim.bridge.context import BridgeContext
 from shim.bridge.links import UpstreamLink
 from shim.bridge.upstream_connection import UpstreamConnection
 from shim.core import link_state as ev
-from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered
+from shim.core.agent_calls import Failed, Outcome, RegisterCall, Registered, TargetKind
 from shim.core.link_state import LinkState
 from shim.core.sessions import Session
 from shim.protocol.upstream_message import Message
 
 RegistrationKey = tuple[str, ...]
+FindStored = Callable[[], Session | None]
 
 CACHED_AFTER_S = 5.0
 REPLAY_WINDOW = 32
@@ -56,8 +57,8 @@ def identity_of_call(owner: str, call: RegisterCall) -> RegistrationKey:
 class PendingRegistration(msgspec.Struct, eq=False):
     """One registration that the controller has not answered.
 
-    `session` is set if the shim itself registers. `sent_on` is the serial of the connection that carries it, 0 if none
-    does. `sent_at` and `abandoned_at` are monotonic seconds.
+    `session` is set if the shim itself registers, or has answered the agent from the store. `sent_on` is the serial of
+    the connection that carries it, 0 if none does. `sent_at` and `abandoned_at` are monotonic seconds.
     """
 
     identity: RegistrationKey
@@ -172,12 +173,12 @@ class Registrations:
     # --- an agent registers -------------------------------------------------------------------------------------------
 
     async def register(
-        self, link: UpstreamLink, call: RegisterCall, cached: Callable[[], Outcome | None], arrived_s: float
+        self, link: UpstreamLink, call: RegisterCall, find_stored: FindStored, arrived_s: float
     ) -> Outcome:
         """Answer an agent's registration within `register.deadline_s` of `arrived_s`.
 
-        `cached` returns the answer from the store, or None; it is called after 5 s without a reply of the controller.
-        See docs/reference/protocol.md#11-register.
+        `find_stored` returns the session with the stored registration, or None; it is called after 5 s without a reply
+        of the controller. See docs/reference/protocol.md#11-register.
         """
         if self._stopping:
             return Failed(503, "the shim is stopping", retry_after_s=RETRY_AFTER_S)
@@ -187,7 +188,7 @@ class Registrations:
         identity = identity_of_call(link.owner, call)
         outcome, at = self._unclaimed.pop(identity, (None, 0.0))
         if outcome is None or self._ctx.now - at >= UNCLAIMED_S:
-            outcome = await self._join_and_wait(link, identity, call, cached, arrived_s)
+            outcome = await self._join_and_wait(link, identity, call, find_stored, arrived_s)
         # The answer may be the one to another process of the same cluster, which has another agent id.
         return replace(outcome, agent_id=call.agent_id) if isinstance(outcome, Registered) else outcome
 
@@ -196,14 +197,14 @@ class Registrations:
         link: UpstreamLink,
         identity: RegistrationKey,
         call: RegisterCall,
-        cached: Callable[[], Outcome | None],
+        find_stored: FindStored,
         arrived_s: float,
     ) -> Outcome:
         job = self._join(link, identity, call)
         waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         job.waiters.add(waiter)
         try:
-            return await self._await(link, waiter, cached, arrived_s)
+            return await self._await(job, waiter, find_stored, arrived_s)
         finally:
             job.waiters.discard(waiter)
             if not job.waiters:
@@ -211,21 +212,24 @@ class Registrations:
 
     async def _await(
         self,
-        link: UpstreamLink,
+        job: PendingRegistration,
         waiter: asyncio.Future[Outcome],
-        cached: Callable[[], Outcome | None],
+        find_stored: FindStored,
         arrived_s: float,
     ) -> Outcome:
+        link = job.link
         deadline = arrived_s + self._ctx.settings.register.deadline_s
         patience = min(arrived_s + CACHED_AFTER_S, deadline)
         for until in (patience, deadline):
             await asyncio.wait((waiter,), timeout=max(0.0, until - self._ctx.now))
             if waiter.done():
                 return waiter.result()
-            found = None if link.machine.refused else cached()
-            if found is not None:
+            stored = None if link.machine.refused else find_stored()
+            if stored is not None:
                 self._ctx.metrics.registrations.labels("cached").inc()
-                return found
+                if stored.key.kind == TargetKind.CLUSTER.value:
+                    job.session = stored  # the agent goes on with its id, whichever the controller answers later
+                return stored.registered(cached=True)
         self._ctx.metrics.registrations.labels("timeout").inc()
         if link.machine.refused:
             return REFUSED

@@ -208,6 +208,25 @@ async def test_the_upstream_registration_goes_on_after_a_cached_answer(world: Wo
     assert world.session("c-1").registration["k8s_version"] == "v1.30.0"
 
 
+async def test_an_agent_that_was_answered_from_the_store_keeps_its_id_if_the_controller_gives_another_one(
+    world: World,
+) -> None:
+    agent = world.agent()
+    await agent.register()
+    world.controller.go_away()
+    await world.pass_s(60)
+    outcome = await agent.register()
+    assert isinstance(outcome, Registered)
+    assert (outcome.cached, outcome.cluster_id) == (True, "c-1")
+    world.controller.manners.cluster_id = lambda payload: "c-new"
+    world.controller.come_back()
+    await world.pass_s(10)
+    world.controller.push("k1", cluster_id="c-new")
+    await world.settle()
+    assert await agent.poll() == ["k1"]
+    assert [str(each.key) for each in world.bridge.ctx.sessions] == ["default/cluster/c-1"]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
