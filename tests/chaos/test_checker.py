@@ -76,6 +76,15 @@ def _lost() -> Iterator[History]:
     yield "waits for its agent, and no database was destroyed", waiting, {"lost"}
     yield "waits, and its agent has not registered since", [ev.StoreLost(0.5), *waiting[:2], waiting[3]], {"lost"}
     yield "its agent has registered, and the command is gone", [ev.StoreLost(0.5), *waiting[:3]], {"lost"}
+    ahead, right = ev.WallClock(0, WALL_S + 16_000), ev.WallClock(6, WALL_S)
+    kept = [pushed(), queued(), ev.Stored(9, C, 1, "queued")]
+    yield "waits for an expiry by a wall clock that was ahead", [ahead, *kept, right], set()
+    yield "the clock was ahead, and the command is gone", [ahead, *kept[:2], right], {"lost"}
+    yield (
+        "the clock was right, and then ahead",
+        [ev.WallClock(0, WALL_S), *kept, ev.WallClock(6, WALL_S + 16_000)],
+        {"lost"},
+    )
 
 
 def _redelivery() -> Iterator[History]:
@@ -214,6 +223,8 @@ def _heartbeats() -> Iterator[History]:
     yield "adopted after the database was destroyed", [ev.StoreLost(0.5), contact(1), beat(2)], set()
     registered = contact(1, what="register")
     yield "registered again after that", [ev.StoreLost(0.5), registered, contact(2), beat(3)], {"introduced"}
+    late = [ev.WallClock(0, WALL_S), ev.StoreLost(0.5), contact(1), contact(3, what="register"), beat(60, sent_at=2)]
+    yield "sent before it registered again, and read long after it", [*late, contact(59)], set()
     yield "registered only before that", [registered, ev.StoreLost(1.5), contact(2), beat(3)], set()
     yield "told after it", [ev.Introduced(3, "1/1", "s"), contact(1), beat(2)], {"introduced"}
 

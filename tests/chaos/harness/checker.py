@@ -191,7 +191,9 @@ def lost(found: Case) -> Iterator[Violation]:
     """Every command that the shim accepted was received by its agent, or ended with a result at the controller."""
     for command in found.commands.values():
         at = command.last_accepted_at
-        if at is None or command.received or command.reported or found.excused(at) or stranded(found, command, at):
+        if at is None or command.received or command.reported or found.excused(at):
+            continue
+        if stranded(found, command, at) or prolonged(found, command, at):
             continue
         yield Violation("lost", command.id, f"accepted at {at:.3f} and never heard of again")
 
@@ -205,6 +207,20 @@ def stranded(found: Case, command: Command, accepted_at: float) -> bool:
     waits = any(step.state in WAITING for step in command.stored)
     registered = [at for at in found.registered[command.session] if at > accepted_at]
     return waits and any(found.lost_between(0.0, at) for at in registered)
+
+
+def prolonged(found: Case, command: Command, accepted_at: float) -> bool:
+    """Return whether a command waits in the database because the wall clock was ahead when it was accepted.
+
+    Its expiry is a wall-clock time for a shim that was restarted meanwhile: it ends as `expired`, after the run.
+    """
+    waits = any(step.state in WAITING for step in command.stored)
+    clocks = found.of(ev.WallClock)
+    before = [clock.offset_s for clock in clocks if clock.at <= accepted_at][-1:]
+    behind = any(
+        clock.offset_s < offset_s - LATE_S for offset_s in before for clock in clocks if clock.at > accepted_at
+    )
+    return waits and behind
 
 
 def redelivered(found: Case) -> Iterator[Violation]:
@@ -394,9 +410,11 @@ def introduced(found: Case) -> Iterator[Violation]:
     told: dict[tuple[str, str], float] = {}
     for event in found.of(ev.Introduced):
         told.setdefault((event.connection, event.session), event.at)
+    offsets = found.of(ev.WallClock)
     for beat in found.of(ev.Beat):
-        gone_at = max((lost for lost in found.lost_stores if lost <= beat.at), default=None)
-        known = gone_at is None or any(gone_at <= at <= beat.at for at in found.registered[beat.session])
+        sent_at = min(_sent_at(beat, offsets))
+        gone_at = max((lost for lost in found.lost_stores if lost <= sent_at), default=None)
+        known = gone_at is None or any(gone_at <= at <= sent_at for at in found.registered[beat.session])
         if beat.session in found.nameless or not known:
             continue  # there is no registration to tell of: the agent was adopted
         if told.get((beat.connection, beat.session), float("inf")) > beat.at:
