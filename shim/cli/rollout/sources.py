@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from shim.cli.rollout import placement
 from shim.cli.rollout.cluster import Cluster, Status, add_status, read_status
 from shim.cli.rollout.placement import Place
 from shim.cli.rollout.prometheus import Prometheus, clusters
-from shim.cli.threads import Interruption
+from shim.cli.threads import DaemonThreads, Interruption
 from shim.clock import Clock
 from shim.config.loader import read_secret
 from shim.config.settings import Rollout
@@ -192,7 +192,7 @@ def source_of(  # noqa: PLR0913 - one for each option
     if urls:
         token_file = token_file or os.environ.get(TOKEN_VARIABLE, "")
         found = read_lines(placement.read_names(urls), token_file)
-        readers = {name: partial(cluster_of_ports, name, ports, timeout_s) for name, ports in found.items()}
+        readers = {name: partial(cluster_of_ports, name, ports, source.terms) for name, ports in found.items()}
         return source._replace(readers=_some(readers, urls))
     accesses = _access(contexts, kubeconfig_glob, source.terms)
     return source._replace(
@@ -365,31 +365,38 @@ def read_lines(lines: Iterable[str], token_file: str) -> dict[str, list[_Port]]:
     return {name: list(ports) for name, ports in found.items()}
 
 
-def cluster_of_ports(name: str, ports: Iterable[_Port], timeout_s: float) -> Cluster:
+def cluster_of_ports(name: str, ports: Iterable[_Port], terms: Terms) -> Cluster:
     """Return what the shims of one cluster report. Every failure is a gap of the row."""
     row = Cluster(name=name)
     for url, token_file, reason in ports:
+        if terms.interruption.came:
+            break
         try:
             if reason:
                 raise click.ClickException(reason)
-            add_status(row, _status_at(url, token_file, timeout_s), Clock().wall_s())
+            add_status(row, _status_at(url, token_file, terms), Clock().wall_s())
         except (click.ClickException, ConfigError) as error:
             text = str(error)
             row.gaps.append(f"{url}: {text}" if url and url not in text else text)
     return row
 
 
-def _status_at(url: str, token_file: str, timeout_s: float) -> Status:
+def _status_at(url: str, token_file: str, terms: Terms) -> Status:
     host, port = given(url)
     token = read_secret(token_file, f"the token file {token_file}") if token_file else ""
     admin_port = AdminPort(
         host,
         port,
         token,
-        min(TIMEOUT_S, timeout_s),
-        whole_s=timeout_s,
-        piece_s=timeout_s,
+        min(TIMEOUT_S, terms.timeout_s),
+        whole_s=terms.timeout_s,
+        piece_s=terms.timeout_s,
         remedy="start the shim, or mend its line",
         login_remedy="name its file in the line, or give --token-file",
     )
-    return read_status(admin_port.ask("GET", "/status.json"))
+    # Ctrl-C must not wait for a port that does not answer.
+    asked = DaemonThreads().submit(admin_port.ask, "GET", "/status.json")
+    while not wait([asked], timeout=kubectl.LOOK_S).done:
+        if terms.interruption.came:
+            raise click.ClickException("interrupted")
+    return read_status(asked.result())

@@ -202,7 +202,7 @@ def test_an_interrupted_report_has_no_verdict(part: str, tmp_path: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         (tmp_path / "one").write_text(f"one http://127.0.0.1:{silent.getsockname()[1]}\n")
-        command = [sys.executable, "-m", "shim", "rollout", part, "--urls", str(tmp_path / "one")]
+        command = [sys.executable, "-m", "shim", "rollout", part, "--urls", str(tmp_path / "one"), "--timeout", "300"]
         with (
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
             silent.accept()[0],  # the command has asked, and waits for an answer
