@@ -299,8 +299,12 @@ class SessionRegistry:
             session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have stopped waiting long ago
             session.superseded_by = None
         self.persistence.save_all(session.key, *superseded)
-        if session.superseded_by is None:  # a replayed registration of an older session must not supersede newer ones
-            self._supersede(session, session.key.owner if conflict else None)
+        if session.superseded_by is None:
+            within = session.key.owner if conflict else None
+            # A replayed registration, which no agent has sent, must not supersede the session of an agent that lives.
+            same = self._ctx.sessions.with_upstream_id(cluster_id, within) if call is None else [session]
+            latest = max(same, key=lambda other: (other.superseded_by is None, other.last_seen_unix))
+            self._supersede(latest, within)
             self._move_superseded()
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session.registered(cached=False)

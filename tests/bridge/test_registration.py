@@ -227,6 +227,30 @@ async def test_an_agent_that_was_answered_from_the_store_keeps_its_id_if_the_con
     assert [str(each.key) for each in world.bridge.ctx.sessions] == ["default/cluster/c-1"]
 
 
+async def test_the_replayed_registration_of_an_old_pod_does_not_take_over_the_new_one(world: World) -> None:
+    old, new = world.agent(), world.agent(agent_id="pod-2")
+    await old.register()
+    world.controller.manners.cluster_id = lambda payload: "c-2"
+    await new.register()
+    await old.heartbeat()
+    await world.pass_s(1)
+    await new.heartbeat()
+    world.controller.manners.cluster_id = lambda payload: "c-3"  # it has lost its database
+    world.controller.go_away()
+    await world.pass_s(15)
+    assert getattr(await new.register(), "cluster_id", "") == "c-2"
+    world.controller.come_back()
+    await world.pass_s(20)
+    await old.heartbeat()
+    await world.pass_s(300)
+    await new.heartbeat()
+    await world.pass_s(20)
+    world.controller.push("k1", cluster_id="c-3")
+    await world.settle()
+    assert await new.poll() == ["k1"]
+    assert [each.key.ident for each in world.bridge.ctx.sessions] == ["c-2"]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
