@@ -141,12 +141,18 @@ def port_of(url: str | None, config: str | None, sets: tuple[str, ...], token_fi
 _UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - addresses to listen on
 
 
+_PAGES = ("", "/", "/healthz", "/readyz", "/status.json", "/metrics")
+
+
 def given(url: str) -> tuple[str, int]:
-    """Return host and port of `--url`. Raises click's error for anything but http://host:port."""
+    """Return host and port of `--url`. Raises click's error for anything but http://host:port.
+
+    A page of the admin port may stand behind that. Another path would be left out: behind a proxy that selects the shim
+    by it, another shim would answer.
+    """
     try:
         parts = urlsplit(url)
-        # A path would be left out: behind a proxy that selects the shim by it, another shim would answer.
-        if parts.scheme == "http" and parts.hostname and parts.path in ("", "/") and not parts.query:
+        if parts.scheme == "http" and parts.hostname and parts.path in _PAGES and not parts.query:
             return parts.hostname, parts.port or 80
     except ValueError:
         pass
