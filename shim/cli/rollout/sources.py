@@ -295,7 +295,11 @@ def in_parallel(
     before = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         with ThreadPoolExecutor(max_workers=parallel) as pool:
-            results = list(pool.map(call, items))
+            futures = [pool.submit(call, item) for item in items]
+            # A signal that arrives just before this thread begins to wait is handled only when the wait ends.
+            while wait(futures, timeout=kubectl.LOOK_S).not_done:
+                pass
+            results = [future.result() for future in futures]
     finally:
         for number, handler in before:
             signal.signal(number, handler)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,27 @@ def test_an_interrupted_report_has_no_verdict(part: str, tmp_path: Path) -> None
             child.send_signal(signal.SIGINT)
             out, _ = child.communicate(timeout=60)
         assert (child.returncode, out) == (64, "")
+
+
+def test_a_signal_is_noticed_whenever_it_comes() -> None:
+    """One that came just before the main thread waited for the pool was noticed when the pool had ended."""
+    for attempt in range(300):
+        interruption = Interruption()
+
+        def read(item: int, interruption: Interruption = interruption) -> int:
+            """Interrupt this process at a random moment, and wait as a kubectl does."""
+            until_s = time.monotonic() + item / 1e6
+            while time.monotonic() < until_s:
+                pass
+            os.kill(os.getpid(), signal.SIGINT)
+            until_s = time.monotonic() + 30
+            while not interruption.came and time.monotonic() < until_s:
+                time.sleep(0.001)
+            assert interruption.came
+            return item
+
+        with pytest.raises(KeyboardInterrupt):
+            in_parallel([attempt], 1, read, interruption)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
