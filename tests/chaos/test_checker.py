@@ -225,6 +225,8 @@ def _heartbeats() -> Iterator[History]:
     yield "registered again after that", [ev.StoreLost(0.5), registered, contact(2), beat(3)], {"introduced"}
     late = [ev.WallClock(0, WALL_S), ev.StoreLost(0.5), contact(1), contact(3, what="register"), beat(60, sent_at=2)]
     yield "sent before it registered again, and read long after it", [*late, contact(59)], set()
+    under_way = contact(1, at=3, what="register")
+    yield "its registration was under way", [ev.StoreLost(0.5), contact(0.9), under_way, beat(2)], set()
     yield "registered only before that", [registered, ev.StoreLost(1.5), contact(2), beat(3)], set()
     yield "told after it", [ev.Introduced(3, "1/1", "s"), contact(1), beat(2)], {"introduced"}
 

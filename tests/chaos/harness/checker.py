@@ -410,11 +410,15 @@ def introduced(found: Case) -> Iterator[Violation]:
     told: dict[tuple[str, str], float] = {}
     for event in found.of(ev.Introduced):
         told.setdefault((event.connection, event.session), event.at)
+    answered: dict[str, list[float]] = defaultdict(list)  # registrations; the shim knows nothing of one under way
+    for contact in found.of(ev.Contact):
+        if contact.what == "register" and contact.outcome == "ok":
+            answered[contact.session].append(contact.at)
     offsets = found.of(ev.WallClock)
     for beat in found.of(ev.Beat):
         sent_at = min(_sent_at(beat, offsets))
         gone_at = max((lost for lost in found.lost_stores if lost <= sent_at), default=None)
-        known = gone_at is None or any(gone_at <= at <= sent_at for at in found.registered[beat.session])
+        known = gone_at is None or any(gone_at <= at <= sent_at for at in answered[beat.session])
         if beat.session in found.nameless or not known:
             continue  # there is no registration to tell of: the agent was adopted
         if told.get((beat.connection, beat.session), float("inf")) > beat.at:
