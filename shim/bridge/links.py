@@ -205,8 +205,12 @@ class UpstreamLink:
 
     @property
     def unreachable(self) -> str:
-        """An agent's reason while the link is down; the detail may name a key of the shim's own configuration."""
-        return f"the controller cannot be reached{': ' if self.last_detail else ''}{self.last_detail}"
+        """The reason for agents while the link is down; it may name a key of the shim's own configuration.
+
+        The controller's words in a close frame are left out: they may repeat a secret of another agent.
+        """
+        detail = "" if self.last_failure.startswith("closed") else self.last_detail
+        return f"the controller cannot be reached{': ' if detail else ''}{detail}"
 
     @property
     def rejection_key(self) -> SessionKey:

@@ -300,11 +300,12 @@ class SessionRegistry:
             session.superseded_by = None
         self.persistence.save_all(session.key, *superseded)
         if session.superseded_by is None:
-            within = session.key.owner if conflict else None
             # A replayed registration, which no agent has sent, must not supersede the session of an agent that lives.
-            same = self._ctx.sessions.with_upstream_id(cluster_id, within) if call is None else [session]
+            # Only of the same owner: the answer does not show that another one may use the cluster's id.
+            owner = session.key.owner
+            same = self._ctx.sessions.with_upstream_id(cluster_id, owner) if call is None else [session]
             latest = max(same, key=lambda other: (other.superseded_by is None, other.last_seen_unix))
-            self._supersede(latest, within)
+            self._supersede(latest, owner if conflict else None)
             self._move_superseded()
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session.registered(cached=False)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from shim.config.settings import Fallback, Section, Settings, Store, Upstream
+from shim.config.settings import Fallback, Section, Settings, Store, Sunset, Upstream
 from shim.errors import Fault
 from shim.hosts import is_loopback, is_this_machine, plain_host
 
@@ -81,6 +81,11 @@ def parse_date_s(text: str) -> float:
         raise ValueError("neither RFC 3339 nor a date")
     moment = datetime.fromisoformat(text.upper())
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def is_past(sunset: Sunset, wall_unix: float) -> bool:
+    """Return True after the configured end of the vendor's HTTP API: then no call goes there, whatever the mode is."""
+    return bool(sunset.at) and wall_unix >= parse_date_s(sunset.at)
 
 
 def cross_field_faults(settings: Settings, broken: frozenset[str]) -> list[Fault]:

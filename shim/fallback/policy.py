@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from shim.bridge import Bridge
-from shim.config.rules import parse_date_s
+from shim.config.rules import is_past, parse_date_s
 from shim.config.settings import Settings, Sunset
 from shim.core.agent_calls import AgentCall, Commands, HealthCall, PollCall, RegisterCall, ResultCall
 from shim.core.call_records import FallbackCall, Why, route_of
@@ -56,9 +56,7 @@ def uses_http(settings: Settings) -> bool:
 
 def scope_of(settings: Settings, clock: Clock) -> FallbackScope:
     """Return the share of the calls that may go by HTTP now: none after the sunset, when that API no longer exists."""
-    if not uses_http(settings):
-        return FallbackScope.NONE
-    if settings.sunset.at and clock.wall_s() >= parse_date_s(settings.sunset.at):
+    if not uses_http(settings) or is_past(settings.sunset, clock.wall_s()):
         return FallbackScope.NONE
     return FallbackScope.ALL if settings.mode == "http" else FallbackScope.SOME
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from shim.bridge.session_registry import RouteUse
-from shim.config.rules import parse_date_s
+from shim.config.rules import is_past, parse_date_s
 from shim.config.settings import Sunset
 from shim.core.call_records import Route
 from shim.core.failover import bucket, in_rollout
@@ -134,8 +134,7 @@ def rollout(bridge: Subject, wall: float) -> dict[str, Any]:
     configured `identity.name` is placed until the first agent calls. After the sunset all agents are inside.
     """
     settings = bridge.ctx.settings
-    days_left = sunset(settings.sunset, wall)["days_left"]
-    over = days_left is not None and days_left <= 0
+    over = is_past(settings.sunset, wall)
     chosen = settings.rollout
     names = _names(bridge, wall) or [name for name in [settings.identity.name] if name]
     places = [

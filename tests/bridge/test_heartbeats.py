@@ -114,6 +114,19 @@ async def test_or_refused_where_that_is_wanted(make_world: MakeWorld) -> None:
     assert await agent.heartbeat() == Accepted()
 
 
+async def test_what_the_controller_said_when_it_closed_is_not_told_to_agents(make_world: MakeWorld) -> None:
+    world = await make_world(heartbeat={"when_link_down": "fail"})
+    agent = await registered(world)
+    world.controller.manners.dial = GONE
+    world.controller.socket.lose(by_close_frame=True, code=1011, reason="another agent's secret hunter2")
+    await world.settle()
+    (link,) = world.bridge.links
+    assert "hunter2" in link.last_detail, "the status has it"
+    outcome = await agent.heartbeat()
+    assert isinstance(outcome, Failed)
+    assert outcome.error == "the controller cannot be reached"
+
+
 async def test_the_first_dial_is_no_failure_yet(make_world: MakeWorld) -> None:
     world = await make_world(upstream={"token": ""}, heartbeat={"when_link_down": "fail"})
     assert await world.agent(cluster_id="c-1", token="own").heartbeat() == Accepted()

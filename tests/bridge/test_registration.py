@@ -503,6 +503,25 @@ async def test_what_a_conflict_with_an_id_tells_is_kept_as_after_a_success(world
     assert replayed.payload["k8s_version"] == "v1.28.3"
 
 
+async def test_a_replayed_registration_gives_no_session_to_another_owner(make_world: MakeWorld) -> None:
+    """Whoever calls with a cluster's id is adopted, but has not shown that its token may use the id."""
+    world = await make_world(upstream={"token": ""})
+    mine = world.agent(token="token-a")
+    await mine.register()
+    await mine.heartbeat()
+    world.controller.push("k1", cluster_id=mine.cluster_id)
+    thief = world.agent(token="token-b", agent_id="pod-2", cluster_id=mine.cluster_id)
+    await world.pass_s(1)
+    await thief.heartbeat()
+    world.controller.go_away()
+    await world.pass_s(5)
+    world.controller.come_back()
+    await world.pass_s(20)
+    await thief.live(200)  # the other one is silent, and would give way now
+    assert await thief.poll() == []
+    assert await mine.poll() == ["k1"]
+
+
 async def test_a_conflict_takes_no_session_from_another_owner(make_world: MakeWorld) -> None:
     world = await make_world(upstream={"token": ""})
     first, second = world.agent(token="token-a"), world.agent(token="token-b", agent_id="pod-2")

@@ -20,7 +20,7 @@ from shim.cluster.admin_actions import ClusterAdmin, ReplicaClient
 from shim.core.shards import Member
 from shim.errors import OperatorError
 from shim.management.subject import Actions, Subject
-from tests.support.replicas import ENDED, elsewhere, gateway
+from tests.support.replicas import ENDED, gateway, pair_with_agent
 
 UNKNOWN, AWAY, LATE = OperatorError(404, "unknown"), OperatorError(503, "b does not answer"), OperatorError(409, "late")
 
@@ -169,11 +169,7 @@ async def test_an_agent_that_speaks_websocket_is_carried_by_any_replica_and_know
     tmp_path: Path, pg_url: str
 ) -> None:
     async with gateway(tmp_path, pg_url) as gate:
-        a, b = await gate.add("a", "b")
-        await gate.settled(a, b)
-        agent = gate.agent(1)
-        await agent.register(a)
-        owner, other = await elsewhere(gate, agent)
+        agent, owner, other = await pair_with_agent(gate)
         async with agent.websocket(other) as socket:
             payload = {"agent_id": agent.agent_id, "name": agent.name, "cluster_id": agent.cluster_id}
             await socket.send_json({"type": "register", "request_id": "r-1", "payload": payload})
@@ -187,11 +183,7 @@ async def test_an_agent_that_speaks_websocket_is_carried_by_any_replica_and_know
 @pytest.mark.timeout(180)
 async def test_a_person_may_ask_any_replica(tmp_path: Path, pg_url: str) -> None:
     async with gateway(tmp_path, pg_url) as gate:
-        a, b = await gate.add("a", "b")
-        await gate.settled(a, b)
-        agent = gate.agent(1)
-        await agent.register(a)
-        owner, other = await elsewhere(gate, agent)
+        agent, owner, other = await pair_with_agent(gate)
         await gate.push(agent, "c-1")
         await gate.until_state(other, "c-1", "queued")
         reply = await gate.do(other, "POST", "/commands/c-1/purge")
@@ -249,10 +241,8 @@ async def test_a_drain_that_a_replica_did_not_take_is_no_success(tmp_path: Path,
         await gate.settled(a, b)
         b.send(signal.SIGSTOP)
         status, reply = await gate.do(a, "POST", "/drain", {"timeout_s": 600})
-        assert (status, reply["error"]) == (
-            503,
-            "the replica b does not answer; the others follow the order: repeat it",
-        )
+        assert status == 503
+        assert reply["error"] == "the replica b does not answer; the others follow the order: repeat it"
         await gate.until_drain(a, "draining", "drained")
         await gate.settled(a)  # b has lost its lease
         assert (await gate.do(a, "POST", "/drain", {"timeout_s": 600}))[0] == 200
@@ -267,23 +257,11 @@ async def test_a_drain_does_not_end_before_the_shards_of_a_dead_replica_are_coun
     tmp_path: Path, pg_url: str
 ) -> None:
     async with gateway(tmp_path, pg_url) as gate:
-        a, b = await gate.add("a", "b")
-        await gate.settled(a, b)
-        agent = gate.agent(1)
-        await agent.register(a)
-        owner, other = await elsewhere(gate, agent)
+        agent, owner, other = await pair_with_agent(gate)
         await gate.push(agent, "c-1")
         await gate.until_state(owner, "c-1", "queued")
-        wait = [
-            "drain",
-            "--wait",
-            "--timeout",
-            "600",
-            "--url",
-            other.admin,
-            "--token-file",
-            str(tmp_path / "admin-token"),
-        ]
+        token_file = str(tmp_path / "admin-token")
+        wait = ["drain", "--wait", "--timeout", "600", "--url", other.admin, "--token-file", token_file]
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", "shim", *wait, stdout=PIPE)
         try:
             assert process.stdout is not None

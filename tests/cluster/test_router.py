@@ -17,7 +17,7 @@ from shim.cluster.router import MAX_RECEIPTS, LocalReceipt, Router
 from shim.config.settings import Settings
 from shim.core.command_queue import OpenUntil, unknown_open
 from shim.core.shards import ClockOffset
-from tests.support.replicas import ENDED, WAIT_S, elsewhere, gateway, journal
+from tests.support.replicas import ENDED, WAIT_S, gateway, journal, pair_with_agent
 
 
 class Carrier:
@@ -156,14 +156,10 @@ def test_one_receipt_of_a_local_bridge_stands_for_all_its_offers_on_a_connection
 async def test_mode_http_goes_by_the_owner_whichever_replica_is_asked(tmp_path: Path, pg_url: str) -> None:
     """The development controller has the vendor's HTTP API, too."""
     async with gateway(tmp_path, pg_url) as gate:
-        a, b = await gate.add("a", "b")
-        await gate.settled(a, b)
-        agent = gate.agent(1)
-        await agent.register(a)
-        owner, other = await elsewhere(gate, agent)
+        agent, owner, other = await pair_with_agent(gate)
         await gate.push(agent, "c-1")
         await gate.until_state(other, "c-1", "queued")
-        for replica in (a, b):
+        for replica in (owner, other):
             replica.write({"mode": "http", "fallback": {"url": gate.controller.url}})
             replica.send(signal.SIGHUP)
             await replica.event("config_reloaded", mode="http")
@@ -194,11 +190,7 @@ async def test_auto_fails_over_and_back_behind_a_forwarding_replica(tmp_path: Pa
             fallback={"url": controller.url, "after_s": 0.2, "hold_down_s": 0.2},
             upstream={"url": controller.url, "heartbeat_interval_s": 2.0},
         )
-        a, b = await gate.add("a", "b")
-        await gate.settled(a, b)
-        agent = gate.agent(1)
-        await agent.register(a)
-        owner, other = await elsewhere(gate, agent)
+        agent, owner, other = await pair_with_agent(gate)
         await gate.until_online(owner)
 
         async def beat_until(*ways: str) -> None:

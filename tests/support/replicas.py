@@ -328,6 +328,15 @@ def assert_no_double_owner(folder: Path) -> int:
     return successors
 
 
+async def pair_with_agent(gate: Gateway) -> tuple[Agent, Shim, Shim]:
+    """Start the replicas a and b, and register an agent: it, the owner of its shard, and the other replica."""
+    a, b = await gate.add("a", "b")
+    await gate.settled(a, b)
+    agent = gate.agent(1)
+    await agent.register(a)
+    return agent, *await elsewhere(gate, agent)
+
+
 async def elsewhere(gate: Gateway, agent: Agent) -> tuple[Shim, Shim]:
     """The owner of an agent's shard, and another replica."""
     owner = await gate.owner(agent)

@@ -34,7 +34,7 @@ from shim.cli.doctor.way import (
 from shim.cli.inject.missing_sidecars import agents
 from shim.clock import Clock
 from shim.config import loader
-from shim.config.rules import parse_date_s
+from shim.config.rules import is_past
 from shim.config.settings import Settings, Upstream
 from shim.config.warnings import find_warnings
 from shim.core.text import plural
@@ -164,7 +164,7 @@ def describe_configuration(where: str, settings: Settings, warnings: Iterable[st
     doubtful = [warned("config", warning, todo) for warning in warnings]
     if settings.mode != "http":
         return [passed("config", f"{where}: mode {settings.mode}"), *doubtful]
-    if _http_is_over(settings):
+    if is_past(settings.sunset, Clock().wall_s()):
         return [passed("config", f"{where}: mode http, which is as websocket since sunset.at"), *doubtful]
     api = origin_of(fallback_url(settings))
     text = f"{where}: mode http, agents are served by the vendor's HTTP API at {api}"
@@ -262,16 +262,11 @@ def _ways(upstream: Upstream, token: str) -> tuple[tuple[str, bool, bool], ...]:
             return (header,)
 
 
-def _http_is_over(settings: Settings) -> bool:
-    """Return True after `sunset.at`: no call goes to the vendor's HTTP API any longer, whatever the mode is."""
-    return bool(settings.sunset.at) and Clock().wall_s() >= parse_date_s(settings.sunset.at)
-
-
 async def examine_fallback(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     """Return the findings on the vendor's HTTP API, which a rollback needs. Nothing if it is not used."""
     if not settings.uses_fallback:
         return []
-    if _http_is_over(settings):
+    if is_past(settings.sunset, Clock().wall_s()):
         return [passed("fallback", "not asked: sunset.at has passed, and no call goes there any longer")]
     dialling = settings.fallback.dialling(settings.upstream)
     url = under(fallback_url(settings), "/api/v1/health")

@@ -102,7 +102,7 @@ class Cluster(msgspec.Struct, kw_only=True):
     @property
     def over(self) -> bool:
         """True after the configured end of the HTTP API: from then on the modes http and auto serve as websocket."""
-        return self.sunset_days is not None and self.sunset_days < 0
+        return self.sunset_days is not None and self.sunset_days <= 0
 
     @property
     def all_by_http(self) -> bool:
@@ -289,7 +289,8 @@ def add_status(cluster: Cluster, status: Status, now: float) -> None:
     ]
     cluster.keep_reasons = [*(cluster.keep_reasons or []), *migration.reasons]
     if migration.sunset.days_left is not None:
-        cluster.sunset_days = min(migration.sunset.days_left, cluster.sunset_days or float("inf"))
+        earlier = float("inf") if cluster.sunset_days is None else cluster.sunset_days
+        cluster.sunset_days = min(migration.sunset.days_left, earlier)
 
 
 def _add_counts(cluster: Cluster, status: Status) -> None:
