@@ -100,7 +100,7 @@ class CommandQueues:
 
         Returns None if its successor has the command: the store keeps only the successor's.
         """
-        key = self._ctx.sessions.home_of(session)
+        key = session.home
         if self.get_or_create(key).get(record.id) is not None:
             return None
         return self.add(replace(record, session=key), expires_at, now)

@@ -151,7 +151,7 @@ class Outbox:
         # First, so that a defect in what follows does not keep the agent waiting: the result is on disk.
         resolve(stored, outcome if isinstance(outcome, StoreError) else None)
         if not isinstance(outcome, StoreError):
-            key = self._ctx.sessions.home_of(session)  # the session may have been superseded during the write
+            key = session.home  # the session may have been superseded during the write
             kind = "repeat" if outcome.entry is None else "known" if outcome.known else "unknown"
             self._ctx.metrics.results.labels(kind, "true" if success else "false").inc()
             log.info("result_stored", command=command_id, session=key.ident, known=outcome.known)

@@ -16,6 +16,7 @@ from shim.core.call_records import MAX_AGENTS, Route
 from shim.core.records import (
     DeleteSession,
     MoveSession,
+    SaveSession,
     SessionKey,
     StoreContents,
 )
@@ -391,25 +392,38 @@ class SessionRegistry:
     def _move_superseded(self) -> None:
         """Move the superseded sessions that are no longer fresh into their successors."""
         now = self._ctx.now
+        following: dict[SessionKey, list[Session]] = {}
         for key in list(self._superseded):
             session = self._ctx.sessions.get(key)
-            target = session.superseded_by if session is not None else None
-            if session is None or target is None:
+            if session is None or session.superseded_by is None:
                 self._superseded.discard(key)
-                continue
-            if session.fresh(now):
-                continue
-            successor = self._ctx.sessions.get(target)
+            else:
+                following.setdefault(session.superseded_by, []).append(session)
+        for session in [each for sessions in following.values() for each in sessions if not each.fresh(now)]:
+            successor = self._ctx.sessions.get(session.superseded_by) if session.superseded_by is not None else None
             if successor is None:
                 session.superseded_by = None
                 continue
-            log.info("session_superseded", session=session.key.ident, by=target.ident)
-            self._ctx.sessions.move_aliases(session.key, target)
-            self._ctx.sessions.remove(session)
-            if successor.tunnel is None and session.tunnel is not None:
-                self._ctx.sessions.keep_tunnel(successor, session.tunnel, session.tunnel_bytes + FREE_KEPT_BYTES)
-            self._ctx.store.submit(MoveSession(session.key, target))
-            self._moved(session.key, target)
+            # Those that follow the session go on to its successor. Two may follow each other after a kill, if the disk
+            # had refused one of their writes.
+            led = following.pop(session.key, [])
+            for other in led:
+                other.superseded_by = successor.key if other is not successor else None
+            following.setdefault(successor.key, []).extend(led)
+            self._move(session, successor, led)
+
+    def _move(self, session: Session, successor: Session, led: list[Session]) -> None:
+        """Move a session into its successor; `led` have followed the session, and follow the successor now."""
+        log.info("session_superseded", session=session.key.ident, by=successor.key.ident)
+        self._ctx.sessions.move_aliases(session.key, successor.key)
+        self._ctx.sessions.remove(session)
+        session.moved_to = successor
+        if successor.tunnel is None and session.tunnel is not None:
+            self._ctx.sessions.keep_tunnel(successor, session.tunnel, session.tunnel_bytes + FREE_KEPT_BYTES)
+        # In one transaction: a restart after the move would not find what the others follow.
+        saved = (SaveSession(other.record()) for other in led)
+        self._ctx.store.submit(MoveSession(session.key, successor.key), *saved)
+        self._moved(session.key, successor.key)
 
     # --- sessions that end --------------------------------------------------------------------------------------------
 

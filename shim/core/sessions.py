@@ -49,6 +49,7 @@ class Session:
         "link",
         "measured_interval_s",
         "migrated_at",
+        "moved_to",
         "persisted_last_seen",
         "poll_at",
         "registration",
@@ -75,6 +76,7 @@ class Session:
         self.secret = ""
         self.known: dict[str, Any] = _NOTHING
         self.superseded_by: SessionKey | None = None
+        self.moved_to: Session | None = None  # its successor, once that has its commands
         self.tunnel: dict[str, Any] | None = None
         self.tunnel_bytes = 0  # those that count towards the bound of all tunnel states
         self.last_sent_tunnel: dict[str, Any] | None = {}  # the agent has received none: {} differs from every state
@@ -128,6 +130,14 @@ class Session:
             hold={"poll": self.hold.stored()} | ({"tunnel": tunnel.stored()} if tunnel is not None else {}),
             superseded_by=str(self.superseded_by) if self.superseded_by else "",
         )
+
+    @property
+    def home(self) -> SessionKey:
+        """The key of the session that has this one's commands now: its last successor, if it was moved."""
+        session = self
+        while session.moved_to is not None:
+            session = session.moved_to
+        return session.key
 
     @property
     def tunnel_hold(self) -> HoldEstimator:
@@ -335,11 +345,6 @@ class Sessions:
         if target.kind is TargetKind.CLUSTER:
             return self._by_key.get(SessionKey(owner, _CLUSTER, target.ident))
         return self._by_key.get(self.key_of(owner, target))
-
-    def home_of(self, session: Session) -> SessionKey:
-        """Return the key of the session that has the given one's commands now, which may have been superseded."""
-        is_here = self._by_key.get(session.key) is session
-        return session.key if is_here or session.superseded_by is None else session.superseded_by
 
     def of_owner(self, owner: str) -> Iterable[Session]:
         """Return all sessions of an owner."""

@@ -650,6 +650,45 @@ async def test_it_follows_an_agent_that_got_its_new_id_by_http(world: World) -> 
     assert await agent.poll() == ["k1"]
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+async def test_what_waits_follows_a_successor_that_was_itself_superseded(world: World, restarts: bool) -> None:
+    """The old pod still counts as alive when its successor's cluster gets another id."""
+    world.controller.manners.cluster_id = same_cluster
+    old = await registered(world, dialect="agents", agent_id="a-1")
+    await old.heartbeat()
+    world.controller.push("k1", agent_id="a-1")
+    agent = await registered(world)
+    assert agent.cluster_id == "c-1"
+    world.controller.manners.cluster_id = lambda payload: "c-2"
+    await agent.register()
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-1", "c-2"]
+    if restarts:
+        await world.crash()
+        world.start()
+    await agent.live(50, every_s=10)
+    assert await agent.poll() == ["k1"]
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["c-2"]
+
+
+async def test_two_sessions_that_supersede_each_other_on_disk_become_one(world: World) -> None:
+    """The disk refused one write of the later supersession and took the other; then the shim was killed."""
+    world.controller.manners.cluster_id = same_cluster
+    agents = [await registered(world, dialect="agents", agent_id=agent_id) for agent_id in ("a-1", "a-2")]
+    first, second = (world.session(agent.agent_id) for agent in agents)
+    world.controller.push("k1", agent_id="a-1")
+    world.controller.push("k2", agent_id="a-2")
+    await world.settle()
+    for session, other in ((first, second), (second, first)):
+        session.superseded_by = other.key
+        world.store.submit(SaveSession(session.record()))
+    await world.crash()
+    world.start()
+    await world.pass_s(TICK_S + 1)
+    [left] = world.bridge.ctx.sessions
+    [agent] = [agent for agent in agents if agent.agent_id == left.key.ident]
+    assert sorted(await agent.poll()) == ["k1", "k2"]
+
+
 async def test_two_clusters_whose_agents_have_one_id_stay_apart(world: World) -> None:
     world.controller.manners.cluster_id = lambda payload: "c-" + payload["name"]
     one = await registered(world, agent_id="node-1", name="prod")

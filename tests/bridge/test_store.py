@@ -250,6 +250,28 @@ async def test_a_command_whose_session_gave_way_meanwhile_goes_to_the_successor(
     assert await new.poll() == ["k1"]
 
 
+async def test_a_command_follows_its_agent_through_two_sessions_that_gave_way_meanwhile(world: World) -> None:
+    agent = await given(world, "k1")
+    assert await agent.poll() == ["k1"]
+    world.store.slow = True
+    world.controller.push("k2", cluster_id="c-1")
+    world.controller.push("k1", cluster_id="c-1")
+    posting = world.loop.create_task(agent.result("k1"))
+    await world.settle()
+    for cluster_id in ("c-2", "c-3"):
+        world.controller.manners.cluster_id = lambda payload, given=cluster_id: given
+        await agent.register()
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == [agent.cluster_id] == ["c-3"]
+    world.store.catch_up()
+    assert await posting == Accepted()
+    await world.settle()
+    assert await agent.poll() == ["k2"]
+    await agent.live(5)
+    assert codes(world, "k2") == []
+    found = [(record.session.ident, record.state.value) for record, _, _ in await world.store.find("k2")]
+    assert found == [("c-3", "delivered")]
+
+
 async def test_a_command_whose_session_was_deleted_meanwhile_expires(make_world: MakeWorld) -> None:
     world = await make_world(sessions={"retain_s": 60})
     await living(world)

@@ -413,7 +413,6 @@ def test_a_new_session_is_stored_with_what_its_key_says() -> None:
     assert (record.superseded_by, list(record.hold)) == ("", ["poll"])
     assert (agent("a").record().agent_id, agent("a").record().upstream_cluster_id) == ("a", "")
     assert Session.from_record(record).superseded_by is None
-    assert Sessions().home_of(agent("a")) == agent("a").key
 
 
 def test_both_estimators_learn_the_interval_from_the_first_gap_on() -> None:
@@ -562,16 +561,14 @@ def test_what_the_controller_did_not_reply_has_defaults() -> None:
     assert session.registered(cached=False) == Registered("c-1", "c-1", "prod", "a", "registered")
 
 
-def test_the_commands_of_a_superseded_session_are_with_its_successor() -> None:
+def test_the_commands_of_a_superseded_session_are_with_its_last_successor_once_they_are_moved() -> None:
     first, second, third = agent("a"), agent("b"), agent("c")
     first.superseded_by, second.superseded_by = second.key, third.key
-    sessions = table(third)
-    sessions.add(second)
-    assert sessions.home_of(first) == second.key, "a session that is still there has its commands"
-    sessions.remove(second)
-    assert sessions.home_of(second) == third.key
-    assert sessions.home_of(first) == second.key
-    assert sessions.home_of(third) == third.key
+    assert first.home == first.key, "it has its commands until then"
+    first.moved_to = second
+    assert first.home == second.home == second.key
+    second.moved_to = third
+    assert first.home == second.home == third.home == third.key
 
 
 def test_a_call_finds_the_session_that_it_names() -> None:

@@ -105,7 +105,7 @@ class FlakyStore:
         self.dead = False
         self.log: list[Operation] = []
         self.outstanding = 0
-        self._unmoved: list[MoveSession] = []
+        self._unmoved: list[tuple[Operation, ...]] = []
         self._late: list[Callable[[], None]] = []
 
     def open(self) -> StoreContents:
@@ -118,7 +118,7 @@ class FlakyStore:
             return
         if self._refuses((operation, *also)):
             if isinstance(operation, MoveSession):
-                self._unmoved.append(operation)
+                self._unmoved.append((operation, *also))
                 asyncio.get_running_loop().call_later(RETRY_S, self._repeat_moves)
             refusal = partial(self._tell, done, StoreError("the disk is full"))
             if self.slow:
@@ -144,9 +144,10 @@ class FlakyStore:
         return bool(self._unmoved) or self.failing(operations)
 
     def _repeat_moves(self) -> None:
-        while self._unmoved and not self.dead and not self.failing((self._unmoved[0],)):
-            self.log.append(self._unmoved[0])
-            self.inner.submit(self._unmoved.pop(0))
+        while self._unmoved and not self.dead and not self.failing(self._unmoved[0]):
+            operation, *also = self._unmoved.pop(0)
+            self.log.extend((operation, *also))
+            self.inner.submit(cast("MoveSession", operation), *also)
 
     def _tell(self, done: StoreDone[_Result] | None, outcome: _Result | StoreError) -> None:
         if done is not None and not self.dead:
