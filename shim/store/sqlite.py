@@ -15,7 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from shim.clock import Clock
-from shim.core.records import Operation, PutCommand, PutOutcome, StoreContents, WriteProbe
+from shim.core.records import MoveSession, Operation, PutCommand, PutOutcome, StoreContents, WriteProbe
 from shim.errors import StoreError
 from shim.store import files, rows, schema
 from shim.store.database import Database, Finish, Rows, nothing
@@ -72,10 +72,15 @@ def _translated(path: Path) -> Iterator[None]:
         todo = files.advice(error, path)
         raise StoreError(f"store.path {path} cannot be used: {error.strerror}: {todo}") from error
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        code = _code_of(error)
         if code in _CORRUPT:
             raise _CorruptError(str(store_error(error))) from error
         raise StoreError(f"store.path {path} cannot be used: {store_error(error)}: {_advice(code, path)}") from error
+
+
+def _code_of(error: Exception) -> int:
+    """Return the primary error code of SQLite; 0 if the error is not its own."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def _advice(code: int, path: Path) -> str:
@@ -232,6 +237,24 @@ class SqliteEngine:
 
     def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
         """Carry out a batch (`store.writer.Engine`). Raises `ReplacedError` if the files are no longer those opened."""
+        try:
+            return self._commit(batch)
+        except sqlite3.Error as error:
+            self.roll_back()
+            if _code_of(error) != sqlite3.SQLITE_FULL or not self._makes_room_for_moves(batch):
+                raise
+        return self._commit(batch)
+
+    def _makes_room_for_moves(self, batch: Sequence[Sequence[Operation]]) -> bool:
+        """Empty the log for a move that does not fit behind what is in it; return True if that gave it more room.
+
+        All changes wait for a move (`store.writer.Writer`), so no later commit would cause the checkpoint instead.
+        """
+        if self._log is None or not any(isinstance(operations[0], MoveSession) for operations in batch):
+            return False
+        return self._log.empty(self._connection)
+
+    def _commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
         execute = self._database.execute
         log_bytes = None if self._files is None else self._files.check()
         execute("BEGIN IMMEDIATE")
@@ -251,7 +274,7 @@ class SqliteEngine:
         """Convert an exception of `commit` by its SQLite error code."""
         if isinstance(error, files.ReplacedError):
             return Failure(error, affects_whole_batch=True, temporary=True)
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        code = _code_of(error)
         common, corrupt = code in _COMMON, code in CORRUPT
         temporary = (common and not corrupt) or code == sqlite3.SQLITE_FULL
         return Failure(store_error(error), affects_whole_batch=common, temporary=temporary, corrupt=corrupt)
@@ -324,6 +347,16 @@ class WriteAheadLog:
         if pinned != reported_pinned or abs(size_bytes - reported_bytes) >= _LOG_STEP_BYTES:
             self._reported = (size_bytes, pinned)
             self._report(size_bytes, pinned)
+
+    def empty(self, connection: sqlite3.Connection) -> bool:
+        """Checkpoint the log, so that it is written from its start again. Must be called outside of a transaction.
+
+        Returns False if that is not possible, or the log was empty already.
+        """
+        with suppress(sqlite3.Error):  # a disk may have no room for the database's new pages either
+            _, pages, checkpointed = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            return bool(pages) and pages == checkpointed
+        return False
 
 
 def _truncate(connection: sqlite3.Connection) -> bool:

@@ -220,12 +220,14 @@ ROOT = Path(__file__).parents[2]
 
 
 IN_NAMESPACE = """
-import json, sys
+import json, os, sys
+from contextlib import suppress
 from pathlib import Path
 from subprocess import run
+from shim.core.records import CommandState, MoveSession, Prune
 from shim.errors import StoreError
 from shim.store.sqlite import SqliteEngine, SqliteStore
-from tests.support.stores import StoreClient, put
+from tests.support.stores import KEY, OTHER, StoreClient, mark, put
 
 root = Path(sys.argv[1])
 run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", root], check=True)
@@ -264,6 +266,37 @@ client.close()
 client = StoreClient(lambda post: SqliteStore(root / "shim.db", post))
 answers["kept"] = [record.id for record in client.open().commands]
 answers["files"] = sorted(each.name for each in root.iterdir() if "corrupt" in each.name)
+client.close()
+print(json.dumps(answers))
+"""
+
+
+NO_ROOM_FOR_A_LONGER_LOG = """
+connection = client.store._writer._engine._connection
+connection.execute("PRAGMA wal_autocheckpoint = 100").fetchall()
+for n in range(300):
+    client.one(put(f"old-{n}", payload={"x": "x" * 2000}, state=CommandState.DEAD))
+client.one(Prune(1e9))
+client.run(*(put(str(n)) for n in range(300)))
+connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+for _ in range(100):
+    client.one(mark("1", CommandState.QUEUED))
+fd = os.open(root / "filler", os.O_CREAT | os.O_WRONLY)
+for size in (4096, 1):
+    with suppress(OSError):
+        while True:
+            os.write(fd, b"x" * size)
+answers["refused"] = []
+for n in range(60):
+    source, target = (KEY, OTHER) if n % 2 == 0 else (OTHER, KEY)
+    try:
+        client.run(MoveSession(source, target), mark("1", CommandState.QUEUED, session=target))
+    except StoreError as error:
+        answers["refused"].append(f"{n}: {error}")
+answers["free"] = os.statvfs(root).f_bavail
+client.close()
+client = StoreClient(lambda post: SqliteStore(root / "shim.db", post))
+answers["kept"] = len(client.open().commands)
 client.close()
 print(json.dumps(answers))
 """
@@ -379,6 +412,15 @@ def test_a_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
     assert answers["after"] == [False, True]
     assert answers["kept"] == ["before", "full-0"]
     assert answers["files"] == []
+
+
+@pytest.mark.needs("unshare", "mount")
+def test_on_a_full_disk_a_move_has_the_whole_log(tmp_path: Path) -> None:
+    """All changes wait for a move. One that did not fit into what the log had left blocked them: nothing emptied it."""
+    answers = in_namespace(NO_ROOM_FOR_A_LONGER_LOG, tmp_path)
+    assert answers["refused"] == []
+    assert answers["free"] == 0
+    assert answers["kept"] == 300
 
 
 @pytest.mark.needs("unshare", "mount")
