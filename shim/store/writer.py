@@ -78,7 +78,8 @@ class CommitProbe(msgspec.Struct, frozen=True):
     `observe(commit_s, operations)` is called after each successful commit with its duration in seconds by `monotonic`
     and the number of operations. The duration includes waiting for another process.
     `failed(submissions)` is called with the number of submissions that were not stored.
-    `corrupt(error)` is called after each commit that failed because the database is corrupt.
+    `corrupt(error)` is called after each commit that failed because the database is corrupt, and when an exception has
+    ended the writer's thread.
     `fenced()` is called once, when another replica has taken the shard.
     `log(size_bytes, pinned)` is called when the size of the write-ahead log has changed noticeably. `pinned` is true
     while a reader prevents its truncation.
@@ -163,6 +164,7 @@ class Writer:
 
     def __init__(self, engine: Engine, call_threadsafe: CallThreadsafe, probe: CommitProbe) -> None:
         self._engine = engine
+        self._call_threadsafe = call_threadsafe
         self._callbacks = CallbackQueue(call_threadsafe)
         self._probe = probe
         self._fence_reported = False
@@ -185,6 +187,15 @@ class Writer:
     # --- in the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        """Serve submissions until the end marker. An exception ends the process: nobody would answer a submission."""
+        try:
+            self._serve_all()
+        except Exception as error:
+            ended = StoreError(f"the thread of the store has ended: {type(error).__name__}")
+            run_on_loop(self._call_threadsafe, [partial(self._probe.corrupt, ended)])
+            raise
+
+    def _serve_all(self) -> None:
         running = True
         while running:
             batch = self._next_batch()
@@ -247,6 +258,8 @@ class Writer:
             except Exception as error:  # noqa: BLE001 - whatever it was, this thread must live to serve the next batch
                 self._engine.roll_back()
                 failure = self._engine.failure(error)
+                if isinstance(error, MemoryError):
+                    failure = failure._replace(temporary=True)
         if len(batch) == 1 or failure.affects_whole_batch:
             return self._refused(batch, failure, callbacks)
         half = len(batch) // 2
@@ -256,9 +269,12 @@ class Writer:
         self, batch: list[_Submission], failure: Failure, callbacks: list[Callable[[], None]]
     ) -> list[StoreError]:
         callbacks.extend(self._failure_callbacks(failure, len(batch)))
+        moves = _moves(batch)
         if failure.temporary:
-            self._unmoved += _moves(batch)
+            self._unmoved += moves
             self._refusal = failure._replace(affects_whole_batch=False)
+        elif moves and not failure.fenced:
+            log.error("session_not_moved", moves=len(moves), error=str(failure.error))
         return [failure.error] * len(batch)
 
     def _failure_callbacks(self, failure: Failure, submissions: int) -> Iterator[Callable[[], None]]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shim.config import settings
-from shim.core.records import FindCommand, PutOutcome
+from shim.core.records import FindCommand, MoveSession, Operation, PutOutcome
 from shim.errors import StoreError
-from shim.store import open_store
+from shim.store import CommitProbe, open_store
 from shim.store.sqlite import SqliteStore
-from shim.store.writer import LARGE_BATCH, MAX_BATCH, SHORT_SWITCH_INTERVAL_S, SWITCH_INTERVAL_S
+from shim.store.writer import LARGE_BATCH, MAX_BATCH, SHORT_SWITCH_INTERVAL_S, SWITCH_INTERVAL_S, QueuedStore
 from tests.store.conftest import Gate
-from tests.support.stores import POISON, TIMEOUT_S, StoreClient, put
+from tests.support.stores import KEY, OTHER, POISON, TIMEOUT_S, StoreClient, put
 
 
 def test_submissions_that_wait_share_one_commit(gated: StoreClient, gate: Gate) -> None:
@@ -87,6 +88,66 @@ def test_a_poisoned_submission_fails_alone(gated: StoreClient, gate: Gate, poiso
     assert sum(operations for _, operations in gate.commits) == 1 + 500 + 998 + 1
     assert len(gate.commits) < 15
     assert all(len(gated.one(FindCommand(f"after-{n}"))) == 1 for n in (0, 498))
+
+
+class Interrupted:
+    """An engine in front of another: raises the given exceptions instead of moving sessions, or of rolling back."""
+
+    def __init__(self, client: StoreClient) -> None:
+        assert isinstance(client.store, QueuedStore)
+        assert client.store._writer is not None
+        self._engine = client.store._writer._engine
+        self.at_move: list[Exception] = []
+        self.at_roll_back: list[Exception] = []
+        self.close, self.failure = self._engine.close, self._engine.failure
+        client.store._writer._engine = self
+
+    def commit(self, batch: Sequence[Sequence[Operation]]) -> list[Any]:
+        if self.at_move and any(isinstance(operations[0], MoveSession) for operations in batch):
+            raise self.at_move.pop()
+        return self._engine.commit(batch)
+
+    def roll_back(self) -> None:
+        if self.at_roll_back:
+            raise self.at_roll_back.pop()
+        self._engine.roll_back()
+
+
+def test_a_move_for_which_memory_is_short_is_repeated(client: StoreClient) -> None:
+    client.run(put("1"))
+    engine = Interrupted(client)
+    engine.at_move = [MemoryError() for _ in range(3)]
+    moving = client.submit(MoveSession(KEY, OTHER))
+    assert str(client.wait(moving)) == "it cannot be stored: MemoryError"
+    with pytest.raises(StoreError, match="MemoryError"):
+        client.run(put("2"))
+    client.run(put("2", session=OTHER))
+    assert [found.record.session for command_id in "12" for found in client.one(FindCommand(command_id))] == [OTHER] * 2
+
+
+def test_a_move_that_a_defect_keeps_from_the_disk_is_logged(
+    client: StoreClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.run(put("1"))
+    Interrupted(client).at_move = [KeyError("a defect")]
+    assert isinstance(client.wait(client.submit(MoveSession(KEY, OTHER))), StoreError)
+    assert [record.message for record in caplog.records] == ["session_not_moved"]
+    assert not client.one(put("2")).duplicate
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_an_exception_ends_is_reported_as_a_broken_store(path: Path) -> None:
+    """Nobody would answer a submission: the process ends."""
+    broken: list[StoreError] = []
+    client = StoreClient(lambda post: SqliteStore(path, post, CommitProbe(corrupt=broken.append)))
+    client.open()
+    client.run(put("1"))
+    engine = Interrupted(client)
+    engine.at_move, engine.at_roll_back = [MemoryError()], [MemoryError()]
+    client.submit(MoveSession(KEY, OTHER))
+    client.wait(broken)
+    assert str(broken[0]) == "the thread of the store has ended: MemoryError"
+    client.close()
 
 
 def test_a_callback_that_fails_keeps_the_outcome_from_nobody(gated: StoreClient, gate: Gate) -> None:
