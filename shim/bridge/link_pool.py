@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import sha256
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from shim.bridge.context import DEFAULT_OWNER, BridgeContext
 from shim.bridge.links import LINK_KIND, LinkContext, UpstreamLink
@@ -23,7 +23,9 @@ from shim.ports import Caller
 
 BUSY_RETRY_AFTER_S = 30
 UNVERIFIED_KEPT_S = 30.0
-MAX_TURNED_AWAY = 4096
+MAX_REMEMBERED = 4096
+
+_Fact = TypeVar("_Fact")
 
 
 class LinkRemoved(NamedTuple):
@@ -47,6 +49,7 @@ class LinkPool:
         self._own_tokens = ctx.settings.upstream.own_tokens  # no reload changes it
         self._links: dict[str, UpstreamLink] = {}
         self._turned_away: dict[str, float] = {}  # until when a token is not dialled again
+        self._removed_down: dict[str, tuple[float, str]] = {}  # links that were down: since when, and why
         self._hashed_owner = lru_cache(maxsize=4096)(lambda token: owner_id(ctx.owner_key, token))
 
     def __iter__(self) -> Iterator[UpstreamLink]:
@@ -181,6 +184,7 @@ class LinkPool:
             if len(self._links) >= self._ctx.settings.upstream.max_links and not self._drop_one():
                 raise AgentError(503, "too many upstream links", retry_after_s=BUSY_RETRY_AFTER_S)
             link = self._links[name] = UpstreamLink(self._ctx, owner, name, token, self.shared)
+            link.changed_at, link.last_failure = self._removed_down.pop(name, (link.changed_at, ""))
             if self._own_tokens:
                 self._ctx.redaction.add(token)  # masked in logs and replies until the link is removed
         return link
@@ -196,9 +200,7 @@ class LinkPool:
             found = min(filter(dispensable, self), key=lambda link: link.needed_at, default=None)
             if found is not None:
                 if self._is_made_up(found):
-                    self._turned_away[found.name] = self._ctx.now + self._ctx.backoff_policy.contended_s
-                    while len(self._turned_away) > MAX_TURNED_AWAY:
-                        del self._turned_away[next(iter(self._turned_away))]
+                    _remember(self._turned_away, found.name, self._ctx.now + self._ctx.backoff_policy.contended_s)
                 self._drop(found)
                 return True
         return False
@@ -214,6 +216,9 @@ class LinkPool:
         return link.machine.refused and not self.in_use(link, self._ctx.now)
 
     def _drop(self, link: UpstreamLink) -> None:
+        if link.last_failure:
+            # An agent that was never registered exits and is started again; its calls must fail over all the same.
+            _remember(self._removed_down, link.name, (link.changed_at, link.last_failure))
         link.stop(self._ctx.now)
         del self._links[link.name]
         if self._own_tokens and all(other.token != link.token for other in self):
@@ -248,6 +253,13 @@ class LinkPool:
         """Close all links."""
         for link in self:
             link.stop(self._ctx.now)
+
+
+def _remember(facts: dict[str, _Fact], name: str, fact: _Fact) -> None:
+    """Set a fact about a link; beyond `MAX_REMEMBERED` the name that was added first is dropped."""
+    facts[name] = fact
+    if len(facts) > MAX_REMEMBERED:
+        del facts[next(iter(facts))]
 
 
 def _is_routed(session: Session) -> bool:

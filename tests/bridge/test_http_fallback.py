@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from shim.core.agent_calls import PollCall, RegisterCall, ResultCall
+from shim.core.agent_calls import Failed, PollCall, RegisterCall, Registered, ResultCall
 from shim.core.link_state import LinkState
 from shim.core.records import MarkCommands
 from shim.fallback import FallbackPolicy
@@ -176,3 +176,24 @@ async def test_an_agent_so_rare_that_its_link_is_given_up_between_its_calls_fail
     await world.pass_s(600)
     assert link.state is LinkState.IDLE
     assert not by_http(passthrough, agent), "a link that was closed because nobody needed it was not down"
+
+
+async def test_an_agent_that_was_never_registered_fails_over_although_it_exits_between_its_attempts(
+    make_world: MakeWorld,
+) -> None:
+    """Agents of generation B4 and later do: the link of their token is removed before Kubernetes starts them again."""
+    world = await make_world(**AUTO, upstream={"token": ""})
+    passthrough = FallbackPolicy(world.bridge)
+    world.controller.go_away()
+    agent = world.agent(token="own")
+    call = RegisterCall(agent.dialect, agent.agent_id, agent.name, {}, "", False)
+    assert not passthrough.handles(Caller(agent.token, agent.connection), call)
+    assert await agent.register() == Failed(503, "the controller cannot be reached", retry_after_s=5)
+    await world.pass_s(40)
+    assert not list(world.bridge.links)
+    assert passthrough.handles(Caller(agent.token, agent.connection), call)
+    world.controller.come_back()
+    await world.pass_s(20)
+    assert isinstance(await agent.register(), Registered)
+    await agent.live(70)
+    assert not by_http(passthrough, agent)
