@@ -33,6 +33,7 @@ from shim.errors import (
     describe,
 )
 from shim.fallback import sunset_headers
+from shim.hosts import host_and_port
 from shim.log import Logs, get
 from shim.management.command_api import CommandApi
 from shim.management.recent_events import RecentEvents
@@ -271,14 +272,14 @@ class App:
 
     async def _serve_agents(self, agents: AgentServer, admin: AdminServer) -> None:
         host, port = await agents.start()
-        self.addresses["listen"] = f"{host}:{port}"
+        self.addresses["listen"] = host_and_port(host, port)
         admin.agents_served = True
 
     async def _serve_admin(self, admin: AdminServer) -> None:
         """Listen on the admin port, unless it was done while the store was waited for."""
         if "admin" not in self.addresses:
             host, port = await admin.start()
-            self.addresses["admin"] = f"{host}:{port}"
+            self.addresses["admin"] = host_and_port(host, port)
 
     def _telemetry(self) -> dict[str, Any]:
         """Return the part of the context that exports traces, nothing if none are wanted. Raises `StartError`."""

@@ -22,6 +22,11 @@ def plain_host(host: str) -> str:
         return name.lower()
 
 
+def host_and_port(host: str, port: int) -> str:
+    """Return `host:port`, with brackets around an IPv6 address: without them nobody knows where its port begins."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Return True for `localhost` and loopback addresses, with or without brackets: no other host is reached by them.
 

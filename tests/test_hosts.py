@@ -2,7 +2,7 @@
 
 import pytest
 
-from shim.hosts import is_loopback, is_this_machine
+from shim.hosts import host_and_port, is_loopback, is_this_machine
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,10 @@ def test_a_database_on_this_machine_is_recognised_by_loopback_and_by_the_path_of
 )
 def test_a_database_elsewhere_is_not_on_this_machine(host: str) -> None:
     assert not is_this_machine(host)
+
+
+@pytest.mark.parametrize(
+    "host,expected", [("127.0.0.1", "127.0.0.1:80"), ("name", "name:80"), ("::1", "[::1]:80"), ("[::1]", "[::1]:80")]
+)
+def test_host_and_port(host: str, expected: str) -> None:
+    assert host_and_port(host, 80) == expected

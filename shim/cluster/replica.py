@@ -31,6 +31,7 @@ from shim.core.records import Operation, StoreContents, StoreOperation
 from shim.core.shards import LeasePolicy, Member
 from shim.errors import StoreError, StoreUnreachable
 from shim.fallback import WebSocketProxy, sunset_headers
+from shim.hosts import host_and_port
 from shim.log import get
 from shim.management.subject import Subject
 from shim.metrics import ClusterMetrics
@@ -209,7 +210,7 @@ class Replica:
         self._pool.secret = self._admin_pool.secret = agreement.secret
         self._locator.agree(agreement.owner_key, agreement.shards)
         host, port = await self._listener.start()
-        self.addresses["cluster"] = f"{host}:{port}"
+        self.addresses["cluster"] = host_and_port(host, port)
         address = advertised(self._settings.cluster.advertise or (f"[{host}]" if ":" in host else host), port)
         self.membership.me = replace(self.membership.me, address=address)
         await self._retry(self.membership.join, waiting)

@@ -464,7 +464,7 @@ def _nothing_wrong(status: Status) -> Problem:
         arriving = status.unregistered.total
         if arriving:
             return make_problem("agents_arriving", number=plural(arriving, "agent"))
-        return make_problem("nobody_called", url=f"http://{status.listen}" if status.listen else "the shim")
+        return make_problem("nobody_called", url=status.agents_url or "the shim")
     by_http, online = _http_agents(status), bool(status.links.online)
     if not sessions.fresh and not by_http:
         return make_problem("no_agent_alive", link="is up" if online else "is idle")

@@ -168,6 +168,7 @@ class Status(Struct, kw_only=True):
     upstream: str
     fallback: str | None
     listen: str | None
+    agents_url: str | None
     own_tokens: bool
     token_required: bool
     config_valid: bool

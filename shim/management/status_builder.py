@@ -107,7 +107,7 @@ class StatusBuilder:
         bridge, ctx, started_at = self._bridge, self._bridge.ctx, self.started_unix
         now, wall = ctx.now, ctx.clock.wall_s()
         settings, view = ctx.settings, _View(bridge, now, wall)
-        by_http = bool(_value(ctx.metrics.fallback_active))
+        by_http, listen = bool(_value(ctx.metrics.fallback_active)), self._addresses.get("listen")
         replicas = bridge.replicas()
         status = Status(
             now=wall,
@@ -120,7 +120,8 @@ class StatusBuilder:
             by_http=by_http,
             upstream=origin_of(settings.upstream.url),
             fallback=origin_of(fallback_url(settings)) if settings.uses_fallback else None,
-            listen=self._addresses.get("listen"),
+            listen=listen,
+            agents_url=listen and f"{'https' if settings.listen.tls.cert_file else 'http'}://{listen}",
             own_tokens=settings.upstream.own_tokens,
             token_required=bool(settings.admin.token_file),
             config_valid=bool(_value(ctx.metrics.config_valid)),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import pytest
+import trustme
 
 from tests.support.processes import TOKEN, Controller, Shim, world
 
@@ -307,3 +310,23 @@ async def test_purge_redeliver_and_drain_over_http(tmp_path: Path, http: aiohttp
         assert (status, answered["drain"]["state"]) == (200, "off")
         assert (await ask("/readyz"))[0] == 200
         assert await shim.stop() == 0
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_the_address_that_it_says_agents_need_leads_to_the_shim(tmp_path: Path, host: str, tls: bool) -> None:
+    authority, context = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(context)
+    listen: dict[str, Any] = {"host": host, "port": 0}
+    if tls:
+        authority.issue_cert(host).private_key_and_cert_chain_pem.write_to_path(tmp_path / "tls.pem")
+        listen["tls"] = dict.fromkeys(("cert_file", "key_file"), str(tmp_path / "tls.pem"))
+    config = {"listen": listen, "admin": {"host": host, "port": 0}}
+    async with world(tmp_path, config) as (shim, _), aiohttp.ClientSession() as http:
+        await shim.start()
+        await shim.event("link_state", state="online")
+        _, status = await Asker(http, shim.admin)("/status.json")
+        url = status["agents_url"]
+        assert status["overall"]["text"] == f"No agent has called yet. Set the agent's PIPEOPS_API_URL to {url}."
+        async with http.get(f"{url}/api/v1/health", ssl=context) as response:
+            assert response.status == 200

@@ -68,6 +68,7 @@ def status(**fields: Any) -> Status:
         "by_http": False,
         "fallback": None,
         "listen": "127.0.0.1:7080",
+        "agents_url": "http://127.0.0.1:7080",
         "own_tokens": False,
         "config_valid": True,
         "not_ready": [],

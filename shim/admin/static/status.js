@@ -463,8 +463,8 @@ function show(status) {
   $("status").hidden = false;
   $("login").hidden = true;
   put($("about"), `${status.version} · up ${span(status.uptime_s)}`);
-  const listen = status.listen ? `http://${status.listen}` : "";
-  put($("facts"), `agents call ${listen || "?"}`, listen ? copy(listen) : null, ` · controller ${status.upstream}${status.fallback ? ` · fallback ${status.fallback}` : ""}`);
+  const url = status.agents_url;
+  put($("facts"), `agents call ${url || "?"}`, url ? copy(url) : null, ` · controller ${status.upstream}${status.fallback ? ` · fallback ${status.fallback}` : ""}`);
   for (const part of [showOverall, showObjectives, showTiles, showTimeline, showAgents, showCommands, showEvents, showMigration]) part(status);
   if (before !== frame && plots.all.length) drawPlots();
 }

@@ -18,7 +18,7 @@ from shim.cli.doctor.running_shim import RunningShim
 from shim.cli.threads import within
 from shim.config import settings
 from shim.errors import ConfigError, StoreError, StoreVersionError
-from shim.hosts import is_this_machine
+from shim.hosts import host_and_port, is_this_machine
 from shim.store import advice, check_database, check_files
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def examine_port(check: str, host: str, port: int, running: RunningShim) -> Find
     key = f"{check}.port"
     if port == 0:
         return passed(check, f"{key} is 0: any free port")
-    where = f"{host}:{port}"
+    where = host_and_port(host, port)
     reason = _bind(host, port)
     if reason == 0:
         if port in VENDORS_PORTS:

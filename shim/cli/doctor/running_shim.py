@@ -14,6 +14,7 @@ from shim.cli.admin_client import AdminPort
 from shim.cli.doctor.report import Finding, failed, passed, warned
 from shim.config.settings import Settings
 from shim.core.text import shorten
+from shim.hosts import host_and_port
 from shim.protocol.http import origin_of
 
 EARLY_MANY = 3
@@ -59,7 +60,7 @@ class RunningShim:
 
 def ask(host: str, port: int, token: str) -> RunningShim:
     """Query the admin port."""
-    where = f"{host}:{port}"
+    where = host_and_port(host, port)
     try:
         status, text = AdminPort(host, port).exchange("GET", "/metrics")
         if status != 200 or "agent_shim_" not in text:
