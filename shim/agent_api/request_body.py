@@ -110,13 +110,18 @@ async def read_body(request: RequestContext, limit_bytes: int, timeout_s: float,
 
 
 async def stream_body(request: RequestContext, limit_bytes: float, timeout_s: float) -> AsyncGenerator[bytes, None]:
-    """Yield a body in pieces, for another replica. Raises `BodyRejected` 400, 408, 413, 417 or 503."""
+    """Yield a body in pieces, for those who pass it on. Raises `BodyRejected` 400, 408, 413, 417 or 503.
+
+    `timeout_s` bounds the time that the agent takes, without the time that the reader of the pieces takes for them.
+    """
     check_announcement(request, limit_bytes)
-    deadline = asyncio.get_running_loop().time() + timeout_s
+    loop, left_s = asyncio.get_running_loop(), timeout_s
     size = 0
     while True:
-        async with _reading(request.payload, limit_bytes, asyncio.timeout_at(deadline)):
+        began_s = loop.time()
+        async with _reading(request.payload, limit_bytes, asyncio.timeout(left_s)):
             piece = await request.payload.readany()
+        left_s -= loop.time() - began_s
         if not piece:
             return
         size += len(piece)

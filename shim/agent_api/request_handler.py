@@ -26,7 +26,6 @@ from shim.agent_api.request_body import (
     BodyRejected,
     LongWork,
     check_announcement,
-    meet_expectation,
     plain_body,
     read_body,
     stream_body,
@@ -461,8 +460,6 @@ class RequestHandler:
             request.step = "body"
             check_announcement(request, listen.max_body_bytes)
             request.data = await read_body(request, listen.max_body_bytes, listen.body_timeout_s, self._budget)
-        elif request.data is None:
-            meet_expectation(request)
         agent_call = None
         if match is not None and request.data is not None:
             request.call = Call(match.params)
@@ -470,7 +467,10 @@ class RequestHandler:
                 plain = await plain_body(request, request.data, listen.max_body_bytes, self._budget)
                 agent_call = self._parse(request, match, plain)
         request.step = "answer"
-        answer = await fallback.serve(forwarded(request, listen.base_path, caller, agent_call))
+        passed = forwarded(request, listen.base_path, caller, agent_call)
+        if request.data is None:
+            passed = replace(passed, body=stream_body(request, math.inf, listen.body_timeout_s))
+        answer = await fallback.serve(passed)
         if isinstance(answer, ProxyResponse):
             request.receipt = answer.receipt
             return answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from email.utils import formatdate
 from typing import Any
 
@@ -59,6 +59,16 @@ def scope_of(settings: Settings, clock: Clock) -> FallbackScope:
     if not uses_http(settings) or is_past(settings.sunset, clock.wall_s()):
         return FallbackScope.NONE
     return FallbackScope.ALL if settings.mode == "http" else FallbackScope.SOME
+
+
+class _Wait(msgspec.Struct):
+    """Time since which an agent waits for the API, None while it sends or reads a piece of a body itself."""
+
+    since_s: float | None
+
+    def so_far_s(self, now: float) -> float:
+        """Return the seconds for which the agent has been waiting."""
+        return 0.0 if self.since_s is None else now - self.since_s
 
 
 class FallbackPolicy:
@@ -148,11 +158,12 @@ class FallbackPolicy:
             request.caller, call
         ):
             return None  # the command of this result came by the WebSocket
-        began_s = self._bridge.ctx.now
+        wait = _Wait(self._bridge.ctx.now)
         try:
-            reply = await self._send(request)
+            reply = await self._send(self._timed(request, wait))
         except asyncio.CancelledError:
-            if (waited_s := self._bridge.ctx.now - began_s) >= PATIENCE_S:  # the agent gave up: nobody served it
+            waited_s = wait.so_far_s(self._bridge.ctx.now)
+            if waited_s >= PATIENCE_S:  # the agent gave up: nobody served it
                 self._breaker.failed(self._bridge.ctx.now)
                 self._record(request, reason=f"the agent hung up after {waited_s:.0f} s without an answer")
             raise
@@ -195,23 +206,38 @@ class FallbackPolicy:
         base, dialling = fallback_url(ctx.settings), fallback.dialling(ctx.settings.upstream)
         return await self._proxy.send(base, dialling, request, bearer, whole=whole)
 
+    def _timed(self, request: ProxyRequest, wait: _Wait) -> ProxyRequest:
+        """Return the request with a body that keeps the agent's own time for its pieces out of `wait`."""
+        if isinstance(request.body, bytes):
+            return request
+        return replace(request, body=self._pieces(request.body, wait))
+
+    async def _pieces(self, pieces: AsyncIterator[bytes], wait: _Wait) -> AsyncGenerator[bytes, None]:
+        """Yield the pieces of an agent's body. Before each the API waits for the agent, not the agent for the API."""
+        wait.since_s = None
+        async for piece in pieces:
+            wait.since_s = self._bridge.ctx.now
+            yield piece
+            wait.since_s = None
+        wait.since_s = self._bridge.ctx.now
+
     async def _judged_at_its_end(
         self, request: ProxyRequest, status: int, pieces: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[bytes, None]:
         """Yield the pieces of a streamed reply, and record the call when it ends: a reply may stop halfway."""
-        waits_since_s: float | None = self._bridge.ctx.now  # None while the agent reads a piece
+        wait = _Wait(self._bridge.ctx.now)
         reason = ""
         try:
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
-                    waits_since_s = None
+                    wait.since_s = None
                     yield piece
-                    waits_since_s = self._bridge.ctx.now
+                    wait.since_s = self._bridge.ctx.now
         except (aiohttp.ClientError, OSError, TimeoutError):
             reason = "its reply stopped before the end"
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            waited_s = 0.0 if waits_since_s is None else self._bridge.ctx.now - waits_since_s
+            waited_s = wait.so_far_s(self._bridge.ctx.now)
             if waited_s >= PATIENCE_S:
                 reason = f"the agent hung up after {waited_s:.0f} s without the rest of the reply"
             raise

@@ -14,7 +14,7 @@ from multidict import CIMultiDict
 
 from shim.config.settings import DialSettings
 from shim.core.bounds import Budget
-from shim.errors import ShimError
+from shim.errors import AgentError, ShimError
 from shim.log import get
 from shim.ports import ProxyRequest, ProxyResponse
 from shim.protocol import lenient_json
@@ -63,7 +63,7 @@ class ReverseProxy:
     async def send(
         self, base: str, dialling: DialSettings, request: ProxyRequest, bearer: str | None, *, whole: bool
     ) -> ProxyResponse:
-        """Send a request to the API and return the reply. Raises `Unreachable`.
+        """Send a request to the API and return the reply. Raises `Unreachable`, and `AgentError` for a body cut short.
 
         `bearer` replaces the agent's token. With `whole` the reply is read completely and decoded.
         """
@@ -80,6 +80,8 @@ class ReverseProxy:
             )
             return await self._reply(response, whole=whole)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, DialError) as error:
+            if isinstance(error.__cause__, AgentError):  # raised by the body, and wrapped by aiohttp's writer
+                raise error.__cause__ from None
             failure = failure_of(error)
             reason = "answer" if failure.reason == "handshake" else failure.reason
             about, where = f"{reason} {failure.detail}", origin_of(base)

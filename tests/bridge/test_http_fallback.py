@@ -6,11 +6,15 @@ Rules: docs/reference/protocol.md#4-modes.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
 
 from shim.core.agent_calls import Failed, PollCall, RegisterCall, Registered, ResultCall
 from shim.core.link_state import LinkState
 from shim.core.records import MarkCommands
 from shim.fallback import FallbackPolicy
+from shim.fallback.policy import PATIENCE_S
 from shim.ports import Caller, ProxyRequest, ProxyResponse
 from tests.bridge.conftest import MakeWorld, given, living
 from tests.support.upstream import REFUSED
@@ -117,6 +121,39 @@ class AnsweredAtOnce(FallbackPolicy):
 
     async def _send(self, request: ProxyRequest) -> ProxyResponse:
         return ProxyResponse(200, (), b'{"success": true, "cluster_id": "c-9"}')
+
+
+class NeverAnswered(FallbackPolicy):
+    """A policy whose API takes everything and answers nothing."""
+
+    async def _send(self, request: ProxyRequest) -> ProxyResponse:
+        if not isinstance(request.body, bytes):
+            async for _ in request.body:
+                pass
+        await asyncio.Event().wait()
+        raise AssertionError("nothing answers")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+async def test_an_agent_that_hangs_up_was_not_served_only_if_the_api_had_its_whole_body(
+    make_world: MakeWorld, complete: bool
+) -> None:
+    world = await make_world(mode="http", fallback={"url": "https://old.vendor.test"})
+    passthrough = NeverAnswered(world.bridge)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"half"
+        if not complete:
+            await asyncio.Event().wait()
+
+    request = ProxyRequest("POST", "/upload", (), body(), Caller("tok", 1), None, world.now)
+    serving = asyncio.ensure_future(passthrough.serve(request))
+    await world.pass_s(PATIENCE_S + 1)
+    serving.cancel()
+    await world.settle()
+    assert serving.cancelled()
+    assert world.metric("fallback_calls_total", outcome="unreachable") == complete
+    await passthrough.close()
 
 
 async def test_a_registration_by_http_counts_although_its_agent_leaves_while_it_is_stored(

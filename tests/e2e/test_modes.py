@@ -295,6 +295,39 @@ async def test_http_mode_without_the_api_says_so(tmp_path: Path, http: aiohttp.C
 
 
 @pytest.mark.parametrize(
+    "sent, status",
+    [
+        (b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\n", 400),
+        (b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", 408),
+        (b"Content-Length: 2000000\r\n\r\nhello", 408),
+        (b"Content-Length: 2000000\r\nExpect: tea\r\n\r\nhello", 417),
+    ],
+    ids=["malformed", "stalled", "large", "expectation"],
+)
+async def test_a_body_that_cannot_be_passed_on_is_not_blamed_on_the_api(
+    tmp_path: Path, http: aiohttp.ClientSession, sent: bytes, status: int
+) -> None:
+    async def vendor(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            pass
+
+    async with world(tmp_path, FAST) as (shim, _), tcp_server(vendor) as port:
+        listen = {"port": 0, "body_timeout_s": 0.5}
+        shim.write(config(f"http://127.0.0.1:{port}", mode="http", listen=listen))
+        await shim.start()
+        host, _, own = shim.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(own))
+        writer.write(b"POST /api/v1/agents/a/status HTTP/1.1\r\nHost: localhost\r\n" + sent)
+        line, _ = await read_head(reader)
+        assert line.startswith(f"HTTP/1.1 {status} ")
+        writer.close()
+        async with http.get(f"{shim.admin}/status.json") as response:
+            found = await response.json()
+        assert [problem["code"] for problem in found["overall"]["problems"]] == ["calls_refused"]
+        assert found["fallback_calls"]["calls"] == 0
+
+
+@pytest.mark.parametrize(
     "file, content, key",
     [
         ("token", "", "upstream.token_file"),
