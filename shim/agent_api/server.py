@@ -86,8 +86,11 @@ class ServerTls:
             logger.info("the certificate of listen.tls was replaced")
 
 
-def _reason(error: OSError) -> str:
-    return getattr(error, "reason", None) or error.strerror or type(error).__name__
+def _reason(error: OSError | ValueError) -> str:
+    """Return why the files cannot be used. OpenSSL's own text may be no more than a place in a source file."""
+    if isinstance(error, ssl.SSLError):
+        return f"no PEM certificate and key that fit each other ({error.reason or type(error).__name__})"
+    return reason(error)
 
 
 class ConnectionServer(Server):
@@ -164,7 +167,7 @@ class AgentServer:
             return ServerTls(tls).context if tls.cert_file else None
         except (OSError, ValueError) as error:
             files = f"listen.tls.cert_file {tls.cert_file} and listen.tls.key_file {tls.key_file}"
-            raise StartError(f"{files} cannot be used: {reason(error)}") from None
+            raise StartError(f"{files} cannot be used: {_reason(error)}") from None
 
     async def start(self) -> tuple[str, int]:
         """Listen and return the host and port in use. Raises `StartError`, `OSError`.
