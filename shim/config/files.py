@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-FileFingerprint = tuple[int, int, int, int]
+FileFingerprint = tuple[int, int, int, int, int]
 
 
 def read_regular(path: str | Path, limit_bytes: int) -> bytes:
@@ -51,9 +51,12 @@ def _check(found: os.stat_result) -> None:
 
 
 def fingerprint(path: str | Path) -> FileFingerprint:
-    """Return a value that changes with every write to a file and every replacement of it. Raises `OSError`."""
+    """Return a value that changes with every write to a file, every replacement of it, and its permissions.
+
+    Raises `OSError`.
+    """
     found = Path(path).stat()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def fingerprints(paths: Iterable[str | Path]) -> tuple[FileFingerprint, ...]:
@@ -64,7 +67,8 @@ def fingerprints(paths: Iterable[str | Path]) -> tuple[FileFingerprint, ...]:
 class FileWatcher:
     """Watcher of named files, some of which may have no path.
 
-    A missing file counts as unchanged, because it may be about to be replaced.
+    A missing file counts as unchanged, because it may be about to be replaced. One that is back counts as changed,
+    because it may have been read in vain meanwhile.
     """
 
     def __init__(self) -> None:
@@ -85,6 +89,5 @@ class FileWatcher:
                 now = None
             if now is not None and self._seen.get(name, now) != now:
                 changed.add(name)
-            if now is not None or name not in self._seen:
-                self._seen[name] = now
+            self._seen[name] = now
         return changed
