@@ -80,7 +80,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     latency = commands["latency"]
     timing = f"half handed over within {_ms(latency['p50_s'])}, 95 % within {_ms(latency['p95_s'])}"
     lines = [
-        ("shim", f"{status['version']}, mode {status['mode']}, up {format_duration(now - status['started_at'])}"),
+        ("shim", f"{status['version']}, {_mode(status)}, up {format_duration(now - status['started_at'])}"),
         ("controller", f"{status['upstream']}: {_links(status['links'], now)}"),
         ("commands", f"{commands['waiting']} waiting, {commands['offered']} offered, {commands['uncertain']} in doubt"),
         ("results", f"{commands['results']} to report"),
@@ -95,6 +95,20 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     if status["drain"]["state"] != "off":
         lines.append(("drain", drain_line(status["drain"])))
     return lines
+
+
+def _mode(status: dict[str, Any]) -> str:
+    """Return the mode in force; after the sunset that is WebSocket, whatever is configured."""
+    mode = status["mode"]
+    if mode != "websocket" and _is_over(status["migration"]):
+        return f"by WebSocket because sunset.at has passed (mode {mode} is set)"
+    return f"mode {mode}"
+
+
+def _is_over(migration: dict[str, Any]) -> bool:
+    """Return True after the configured end of the legacy API."""
+    days = migration["sunset"]["days_left"]
+    return days is not None and days <= 0
 
 
 def _objectives(status: dict[str, Any]) -> list[tuple[str, str]]:
@@ -130,7 +144,8 @@ def _rollout(status: dict[str, Any]) -> list[tuple[str, str]]:
     agents, lists = rollout["agents"], " and lists" if status["rollout_lists"] else ""
     place = "" if rollout["hash"] is None else f", hash {rollout['hash']:.1f}"
     inside = f"{agents['inside']} of {plural(agents['total'], 'agent')} inside{place}"
-    return [("rollout", f"{rollout['percent']:g} %{lists}: {inside}")]
+    over = " is set, but sunset.at has passed" if _is_over(status["migration"]) else ""
+    return [("rollout", f"{rollout['percent']:g} %{lists}{over}: {inside}")]
 
 
 def replicas_line(replicas: dict[str, Any]) -> str:

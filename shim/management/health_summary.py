@@ -7,6 +7,7 @@ the causes; a test compares that table with this list. Readiness: `status_builde
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import floor
 from typing import Any, NamedTuple
 
 from msgspec import UnsetType
@@ -154,6 +155,11 @@ SENTENCES: dict[str, Sentence] = {
         "good",
         "{number} connected by WebSocket, independent of the shim: {agents}.",
         "Give the agent the vendor's own address.",
+    ),
+    "objectives_missed": Sentence(
+        "waiting",
+        "Missed in the past hour: {objectives}.",
+        "This note is gone an hour after the last failure. docs/how-to/diagnose.md#alerts has the causes.",
     ),
     "all_by_http": Sentence("good", "All calls go to the vendor's HTTP API ({url}), because mode is http: {agents}."),
     "replica_without_links": Sentence("good", "This replica serves agents; it owns no agent's link now."),
@@ -443,7 +449,22 @@ def _of_drain(drain: DrainStatus) -> Iterator[Problem]:
 
 
 def _notes(status: Status) -> Iterator[Problem]:
-    """Yield notes: facts worth knowing that are no problem."""
+    """Yield notes: facts worth knowing that are no problem now."""
+    missed = [_missed(each) for each in status.objectives if each["windows"]["1h"]["state"] == "missed"]
+    if missed:
+        yield make_problem("objectives_missed", objectives=", ".join(missed))
+    yield from _websocket_notes(status)
+
+
+def _missed(objective: dict[str, Any]) -> str:
+    """Return a missed objective as text; the share is rounded down, or one missed by little would look met."""
+    share = floor(objective["windows"]["1h"]["measured"] * 10_000) / 100
+    name = objective["name"].replace("_", " ")
+    return f"{name} {share:g} % instead of more than {objective['target'] * 100:g} %"
+
+
+def _websocket_notes(status: Status) -> Iterator[Problem]:
+    """Yield a note about agents that need no shim."""
     agents = status.websocket_agents
     if agents.total:
         shown = [{"id": each["cluster_id"] or each["agent_id"] or "?", **each} for each in agents.items]
@@ -458,7 +479,7 @@ def _nothing_wrong(status: Status) -> Problem:
     if not sessions.total:
         if status.replicas:
             return make_problem("replica_without_links")
-        notes = list(_notes(status))
+        notes = list(_websocket_notes(status))
         if notes:
             return notes[0]
         arriving = status.unregistered.total

@@ -192,6 +192,21 @@ async def test_the_migration_panel_tells_who_calls_what(
         await expect(page.locator("#sunset")).to_have_text("legacy API ends 1 January 2999")
 
 
+@pytest.mark.parametrize(
+    "fields, is_set",
+    [({"mode": "http"}, "mode http"), ({"mode": "auto", "rollout": {"percent": 25}}, "mode auto, rollout 25 %")],
+)
+async def test_after_the_sunset_the_tile_says_what_is_in_force_and_what_is_set(
+    tmp_path: Path, open_tab: OpenTab, fields: dict[str, Any], is_set: str
+) -> None:
+    async with world(tmp_path, {**FAST, **fields, "sunset": {"at": "2001-01-01"}}) as (shim, _):
+        await shim.start()
+        page = (await open_tab(shim.admin)).page
+        await expect(page.locator("#tiles")).to_contain_text(
+            f"Mode and rolloutWebSocketbecause sunset.at has passed; set: {is_set}"
+        )
+
+
 async def test_names_are_text_whatever_is_in_them(
     tmp_path: Path, http: aiohttp.ClientSession, open_tab: OpenTab
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import pytest
 
 from shim.cli.status import plain, view
 from shim.management.status_builder import StatusBuilder
@@ -77,3 +78,22 @@ def test_a_status_of_an_older_shim_is_shown() -> None:
     for name in ("objectives", "rollout"):
         del status[name]
     assert {"objectives", "rollout"}.isdisjoint(dict(view(status).lines))
+
+
+@pytest.mark.parametrize("mode", ["http", "auto"])
+def test_after_the_sunset_the_mode_in_force_is_named_before_the_one_that_is_set(mode: str) -> None:
+    status = status_after(two_minutes, mode=mode, sunset={"at": "2001-01-01"})
+    shim = dict(view(status).lines)["shim"]
+    assert f", by WebSocket because sunset.at has passed (mode {mode} is set), up " in shim
+
+
+def test_before_the_sunset_the_mode_is_the_one_that_is_set() -> None:
+    shim = dict(view(status_after(two_minutes, mode="auto", sunset={"at": "2999-01-01"})).lines)["shim"]
+    assert ", mode auto, up " in shim
+
+
+def test_after_the_sunset_a_percentage_is_only_set() -> None:
+    status = status_after(two_minutes, rollout={"percent": 10}, sunset={"at": "2001-01-01"})
+    shown = dict(view(status).lines)
+    assert shown["rollout"].startswith("10 % is set, but sunset.at has passed: 1 of 1 agent inside")
+    assert ", mode websocket, up " in shown["shim"]

@@ -433,3 +433,32 @@ def test_agents_that_need_the_shim_no_more_are_named_beside_whatever_else_is_sai
     assert (alone["code"], alone["text"], alone["notes"]) == ("needs_no_shim", text, [])
     beside = summarise(status(websocket_agents=migrated))
     assert (beside["code"], [note["text"] for note in beside["notes"]]) == ("all_well", [text])
+
+
+def objective(name: str, target: float, good: int, samples: int) -> dict[str, Any]:
+    measured = good / samples
+    hour = {"state": "met" if measured > target else "missed", "measured": measured, "good": good, "samples": samples}
+    return {"name": name, "target": target, "windows": {"1h": hour, "24h": hour}}
+
+
+def test_an_objective_missed_in_the_past_hour_is_named_below_a_headline_about_the_present() -> None:
+    found = summarise(
+        status(
+            objectives=[
+                objective("connection_success", 0.99, 10, 10),
+                objective("reconnection", 0.95, 1, 2),
+                objective("heartbeat_success", 0.999, 99_899, 100_000),
+            ]
+        )
+    )
+    assert (found["level"], found["code"], found["problems"]) == ("good", "all_well", [])
+    (note,) = found["notes"]
+    assert note["text"] == (
+        "Missed in the past hour: reconnection 50 % instead of more than 95 %,"
+        " heartbeat success 99.89 % instead of more than 99.9 %."
+    )
+
+
+def test_a_missed_objective_is_never_the_headline_of_a_shim_without_agents() -> None:
+    found = summarise(status(sessions=[], objectives=[objective("connection_success", 0.99, 1, 2)]))
+    assert (found["code"], [note["code"] for note in found["notes"]]) == ("nobody_called", ["objectives_missed"])

@@ -187,7 +187,9 @@ function modeTile(status) {
   const { mode, by_http, rollout } = status;
   const days = status.migration.sunset.days_left;
   const over = days !== null && days <= 0;
-  const now = over && mode !== "websocket" ? "WebSocket, because the HTTP API is over" : mode === "http" ? "all calls by the vendor's HTTP API" : mode === "auto" ? `${by_http ? "HTTP" : "WebSocket"} now, ${inside(rollout)}` : inside(rollout);
+  const set = [mode === "websocket" ? "" : `mode ${mode}`, rollout.percent < 100 || rollout.exclude.length ? `rollout ${rollout.percent} %` : ""].filter(Boolean).join(", ");
+  if (over && set) return tile("Mode and rollout", "WebSocket", `because sunset.at has passed; set: ${set}`, "good");
+  const now = mode === "http" ? "all calls by the vendor's HTTP API" : mode === "auto" ? `${by_http ? "HTTP" : "WebSocket"} now, ${inside(rollout)}` : inside(rollout);
   return tile("Mode and rollout", MODES[mode], now, mode === "auto" && by_http ? "warning" : "good");
 }
 

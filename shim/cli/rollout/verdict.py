@@ -14,6 +14,8 @@ LINK_DOWN_S = 120.0
 """Seconds without a link after which going back is due; a controller's restart takes less."""
 FEW_FAILURES = 2
 """Failures in an hour that are too few for going back: one lost heartbeat of 120 misses 99.9 %."""
+STARTING_S = 10.0
+"""Seconds between the start of a shim and its first percentage, at most."""
 HOUR_S = 3_600.0
 DAY_S = 86_400.0
 
@@ -166,6 +168,8 @@ def _of_time(row: Cluster, now: float, observe_s: float) -> Iterator[Reason]:
         yield Reason(Decision.WAIT, row.name, "since when it has this percentage is not known")
     elif now - row.since < observe_s:
         text = f"in for {format_duration(now - row.since)} of {observe_s / HOUR_S:g} h"
+        if any(abs(row.since - started) < STARTING_S for started in row.started):
+            text += ", counted from the shim's start: what was before it is not known without Prometheus"
         yield Reason(Decision.WAIT, row.name, text, row.since, row.since + observe_s)
 
 

@@ -40,6 +40,16 @@ def test_a_step_is_watched_for_a_day(make_cluster: MakeCluster) -> None:
     assert verdict(make_cluster(), outside).decision is Decision.GO_ON
 
 
+def test_a_day_that_a_restart_began_anew_says_so(make_cluster: MakeCluster) -> None:
+    since = NOW - HOUR_S
+    (restarted,) = verdict(make_cluster(since=since, started=[since + 0.1])).reasons
+    assert restarted.text == (
+        "in for 1 h of 24 h, counted from the shim's start: what was before it is not known without Prometheus"
+    )
+    (stepped,) = verdict(make_cluster(since=since, started=[since - DAY_S])).reasons
+    assert stepped.text == "in for 1 h of 24 h"
+
+
 @pytest.mark.parametrize("name", ["connection_success", "reconnection", "heartbeat_success", "message_latency"])
 def test_a_missed_objective(name: str, make_cluster: MakeCluster) -> None:
     missed = measured(**{name: (80, 100)})
