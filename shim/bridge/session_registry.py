@@ -20,7 +20,7 @@ from shim.core.records import (
     SessionKey,
     StoreContents,
 )
-from shim.core.sessions import Session
+from shim.core.sessions import Session, recency
 from shim.errors import AgentError
 from shim.log import get
 
@@ -301,15 +301,21 @@ class SessionRegistry:
             session.superseded_by = None
         self.persistence.save_all(session.key, *superseded)
         if session.superseded_by is None:
-            # A replayed registration, which no agent has sent, must not supersede the session of an agent that lives.
-            # Only of the same owner: the answer does not show that another one may use the cluster's id.
-            owner = session.key.owner
-            same = self._ctx.sessions.with_upstream_id(cluster_id, owner) if call is None else [session]
-            latest = max(same, key=lambda other: (other.superseded_by is None, other.last_seen_unix))
-            self._supersede(latest, owner if conflict else None)
+            # A replay, which no agent has sent, must not supersede the session of an agent that lives; nor must a late
+            # answer to an agent that has left. Only of the same owner: it does not show that another may use the id.
+            owner, left_at = session.key.owner, session.contact_at if call is None else job.abandoned_at
+            late = self._another_called(session, left_at)
+            same = self._ctx.sessions.with_upstream_id(cluster_id, owner) if call is None or late else [session]
+            latest = max(same, key=lambda other: (other.superseded_by is None, recency(other)))
+            self._supersede(latest, owner if conflict or late else None)
             self._move_superseded()
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session.registered(cached=False)
+
+    def _another_called(self, session: Session, left_at: float | None) -> bool:
+        """Return True if another agent of the cluster has called after that of the session had left."""
+        same = self._ctx.sessions.with_upstream_id(session.upstream_cluster_id)
+        return left_at is not None and any((each.contact_at or 0.0) > left_at for each in same if each is not session)
 
     def _session_for(self, owner: str, call: RegisterCall, cluster_id: str) -> Session:
         key = _key_of(owner, call, cluster_id)
@@ -420,8 +426,8 @@ class SessionRegistry:
         session.moved_to = successor
         if successor.tunnel is None and session.tunnel is not None:
             self._ctx.sessions.keep_tunnel(successor, session.tunnel, session.tunnel_bytes + FREE_KEPT_BYTES)
-        # In one transaction: a restart after the move would not find what the others follow.
-        saved = (SaveSession(other.record()) for other in led)
+        # In one transaction: a restart after the move would not find what the others follow, or who has the commands.
+        saved = (SaveSession(each.record()) for each in (successor, *led) if not self.persistence.is_deferred(each.key))
         self._ctx.store.submit(MoveSession(session.key, successor.key), *saved)
         self._moved(session.key, successor.key)
 

@@ -254,6 +254,64 @@ async def test_the_replayed_registration_of_an_old_pod_does_not_take_over_the_ne
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+async def test_nor_does_an_old_pod_whose_registration_was_answered_after_it_had_gone(world: World) -> None:
+    """The answer came later than the last call of the new pod, and the old one will never call again."""
+    new = await living(world, dialect="agents", agent_id="a-2")
+    world.controller.manners.registers = False
+    old = world.loop.create_task(world.agent(dialect="agents", agent_id="a-1").register())
+    await world.settle()
+    old.cancel()
+    await world.pass_s(5)
+    world.controller.manners.cluster_id = lambda payload: "c-9"
+    world.controller.answer_register()
+    await world.settle()
+    world.controller.push("k1", cluster_id="c-9")
+    await world.settle()
+    world.controller.manners.registers = True
+    world.controller.socket.lose()
+    await world.until(lambda: world.session("a-2").upstream_cluster_id == "c-9")
+    await new.live(10)
+    assert await new.poll() == ["k1"]
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
+
+
+@pytest.mark.parametrize("token", ["own-1", "own-2"])
+async def test_nor_does_its_late_answer_while_the_new_pod_lives(make_world: MakeWorld, token: str) -> None:
+    world = await make_world(upstream={"token": ""})
+    world.controller.manners.cluster_id = lambda payload: "c-1"
+    new = await living(world, dialect="agents", agent_id="a-2", token="own-2")
+    world.controller.push("k1", agent_id="a-2")
+    world.controller.manners.registers = False
+    old = world.loop.create_task(world.agent(dialect="agents", agent_id="a-1", token=token).register())
+    await world.settle()
+    old.cancel()
+    await world.pass_s(1)
+    await new.heartbeat()
+    world.controller.answer_register()
+    await world.settle()
+    await world.crash()
+    world.start()
+    await world.pass_s(10)
+    assert await new.poll() == ["k1"]
+
+
+async def test_the_repeated_registration_of_an_old_token_does_not_take_over_the_new_ones(make_world: MakeWorld) -> None:
+    world = await make_world(upstream={"token": ""})
+    world.controller.manners.cluster_id = lambda payload: "c-1"
+    await living(world, dialect="agents", agent_id="a-1", token="own-1")
+    old_link = world.controller.socket
+    await world.pass_s(1)
+    world.controller.manners.cluster_id = lambda payload: "c-2"  # it has lost its database
+    new = await living(world, dialect="agents", agent_id="a-2", token="own-2")
+    world.controller.push("k1", agent_id="a-2")
+    old_link.lose()
+    await world.until(lambda: world.session("a-1").upstream_cluster_id == "c-2")
+    await world.crash()
+    world.start()
+    await world.pass_s(10)
+    assert await new.poll() == ["k1"]
+
+
 async def test_a_refused_token_is_told_at_once_and_nothing_cached_is_given(world: World) -> None:
     await world.agent().register()
     world.controller.go_away(REFUSED)
