@@ -58,7 +58,7 @@ faults: $(DEV) ## break everything on purpose and prove that nothing is lost (LO
 
 fuzz: export AGENT_SHIM_FUZZ_INPUTS := $(or $(INPUTS),1000000)
 fuzz: $(DEV) ## a million inputs into parsers, decoders, connections and a whole bridge (INPUTS=n: another number)
-	$(BIN)/python -m pytest tests/chaos/test_fuzz.py tests/chaos/test_differential.py tests/chaos/test_websocket_differential.py tests/chaos/test_schemathesis.py $(ARGS)
+	$(BIN)/python -m pytest tests/properties/test_moving_sessions.py tests/chaos/test_fuzz.py tests/chaos/test_differential.py tests/chaos/test_websocket_differential.py tests/chaos/test_schemathesis.py $(ARGS)
 
 mutation: $(DEV) ## change the core and the delivery path in small ways, and list the changes that no test notices (ARGS=names of mutants)
 	$(PIP) install mutmut==3.8.1
