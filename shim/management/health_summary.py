@@ -302,9 +302,8 @@ def _of_link(link: dict[str, Any], status: Status) -> Iterator[Problem]:
     name = f"link {link['name']}: " if several else ""
     since_s = status.now - link["since"]
     if link["phase"] == "refused":
-        ours = "Check upstream.token or the file that upstream.token_file names."
-        hint = "An agent's own token: check the agent's." if status.own_tokens else ours
-        yield make_problem("token_refused", link=name, reason=f"{link['reason']}{_words(link)}", hint=hint)
+        reason = f"{link['reason']}{_words(link)}"
+        yield make_problem("token_refused", link=name, reason=reason, hint=_token_hint(status))
     elif link["contended"]:
         yield make_problem("identity_contended", link=name.rstrip(": ") or "the connection")
     elif link["phase"] == "down":
@@ -314,6 +313,12 @@ def _of_link(link: dict[str, Any], status: Status) -> Iterator[Problem]:
         else:
             agents = "Calls go by the vendor's HTTP API." if status.by_http else "Agents are answered as usual."
             yield make_problem("link_down", time=format_duration(since_s), link=name, reason=why, agents=agents)
+
+
+def _token_hint(status: Status) -> str:
+    """Return where the token is that the controller refuses."""
+    ours = "Check upstream.token or the file that upstream.token_file names."
+    return "An agent's own token: check the agent's." if status.own_tokens else ours
 
 
 def _of_controller(controller: ControllerStatus, now: float) -> Iterator[Problem]:
@@ -356,13 +361,20 @@ def _of_agents(status: Status) -> Iterator[Problem]:
             "calls_refused",
             calls=plural(refused.calls, "call"),
             kinds=_kinds(refused.kinds),
-            hint=REFUSED_HINTS.get(refused.kinds[0]["status"], ""),
+            hint=_refused_hint(refused.kinds[0], status),
         )
     if sessions.silent and status.now - status.started_at >= STARTING_S:
         silent = [session for session in sessions.items if session["silent"]]
         yield make_problem(
             "agents_silent", number=plural(sessions.silent, "agent"), agents=_names(silent, sessions.silent)
         )
+
+
+def _refused_hint(kind: dict[str, Any], status: Status) -> str:
+    """Return the next step for rejected calls: a 401 of the controller is about the token that the link uses."""
+    if kind["reason"] == "the controller refuses the token":
+        return _token_hint(status)
+    return REFUSED_HINTS.get(kind["status"], "")
 
 
 def _of_commands(status: Status) -> Iterator[Problem]:

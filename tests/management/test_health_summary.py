@@ -462,3 +462,17 @@ def test_an_objective_missed_in_the_past_hour_is_named_below_a_headline_about_th
 def test_a_missed_objective_is_never_the_headline_of_a_shim_without_agents() -> None:
     found = summarise(status(sessions=[], objectives=[objective("connection_success", 0.99, 1, 2)]))
     assert (found["code"], [note["code"] for note in found["notes"]]) == ("nobody_called", ["objectives_missed"])
+
+
+@pytest.mark.parametrize(
+    "own_tokens, reason, hint",
+    [
+        (False, "the controller refuses the token", "Check upstream.token or the file that upstream.token_file names."),
+        (True, "the controller refuses the token", "An agent's own token: check the agent's."),
+        (False, "the token is wrong", "Check the agent's token; with listen.auth it must be the shim's own."),
+    ],
+)
+def test_calls_refused_for_a_token_name_the_token_that_is_meant(own_tokens: bool, reason: str, hint: str) -> None:
+    calls = refused((3, 401, "POST /clusters/{agent_id}/heartbeat", reason))
+    (problem,) = summarise(status(own_tokens=own_tokens, refused=calls))["problems"]
+    assert (problem["code"], problem["hint"]) == ("calls_refused", hint)
