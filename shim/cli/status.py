@@ -80,7 +80,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     latency = commands["latency"]
     timing = f"half handed over within {_ms(latency['p50_s'])}, 95 % within {_ms(latency['p95_s'])}"
     lines = [
-        ("shim", f"{status['version']}, {_mode(status)}, up {format_duration(now - status['started_at'])}"),
+        ("shim", f"{status['version']}, {mode_words(status)}, up {format_duration(now - status['started_at'])}"),
         ("controller", f"{status['upstream']}: {_links(status['links'], now)}"),
         ("commands", f"{commands['waiting']} waiting, {commands['offered']} offered, {commands['uncertain']} in doubt"),
         ("results", f"{commands['results']} to report"),
@@ -97,7 +97,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _mode(status: dict[str, Any]) -> str:
+def mode_words(status: dict[str, Any]) -> str:
     """Return the mode in force; after the sunset that is WebSocket, whatever is configured."""
     mode = status["mode"]
     if mode != "websocket" and _is_over(status["migration"]):

@@ -66,7 +66,7 @@ SENTENCES: dict[str, Sentence] = {
     "link_down": Sentence(
         "bad",
         "No connection to the controller for {time}: {link}{reason}. {agents}",
-        "agent-shim doctor tests the connection step by step.",
+        "{hint}",
     ),
     # --- what the controller knows ---
     "registration_refused": Sentence(
@@ -169,8 +169,9 @@ SENTENCES: dict[str, Sentence] = {
 PROBLEMS = tuple(code for code, sentence in SENTENCES.items() if sentence.level in ("warning", "bad"))
 """Codes of the metric `agent_shim_health_problem`."""
 
+RUN_DOCTOR = "agent-shim doctor tests the connection step by step."
 REFUSED_HINTS = {
-    0: "agent-shim doctor tests the connection step by step.",
+    0: RUN_DOCTOR,
     400: "The agent's log shows the request; see docs/how-to/diagnose.md#the-agent.",
     401: "Check the agent's token; with listen.auth it must be the shim's own.",
     403: "A browser called, or the Host header is not in listen.allowed_hosts.",
@@ -312,7 +313,17 @@ def _of_link(link: dict[str, Any], status: Status) -> Iterator[Problem]:
             yield make_problem("link_connecting", link=name, reason=why)
         else:
             agents = "Calls go by the vendor's HTTP API." if status.by_http else "Agents are answered as usual."
-            yield make_problem("link_down", time=format_duration(since_s), link=name, reason=why, agents=agents)
+            hint = _down_hint(link)
+            yield make_problem(
+                "link_down", time=format_duration(since_s), link=name, reason=why, agents=agents, hint=hint
+            )
+
+
+def _down_hint(link: dict[str, Any]) -> str:
+    """Return what to do about a link that is down."""
+    if link["reason"] == "proxy" and "HTTP 407" in (link.get("detail") or ""):
+        return "The proxy wants credentials: upstream.proxy: http://user:password@host:port."
+    return RUN_DOCTOR
 
 
 def _token_hint(status: Status) -> str:

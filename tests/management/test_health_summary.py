@@ -465,6 +465,16 @@ def test_a_missed_objective_is_never_the_headline_of_a_shim_without_agents() -> 
 
 
 @pytest.mark.parametrize(
+    "detail, hint",
+    [("the proxy answered HTTP 407", "user:password@host:port"), ("the proxy answered HTTP 403", "agent-shim doctor")],
+)
+def test_a_proxy_that_wants_credentials_is_told_from_one_that_lets_nobody_through(detail: str, hint: str) -> None:
+    (problem,) = summarise(status(links=[link("down", 60, "proxy") | {"detail": detail}]))["problems"]
+    assert (problem["code"], detail in problem["text"]) == ("link_down", True)
+    assert hint in problem["hint"]
+
+
+@pytest.mark.parametrize(
     "own_tokens, reason, hint",
     [
         (False, "the controller refuses the token", "Check upstream.token or the file that upstream.token_file names."),

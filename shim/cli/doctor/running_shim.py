@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shim.cli.admin_client import AdminPort
 from shim.cli.doctor.report import Finding, failed, passed, warned
+from shim.cli.status import mode_words
 from shim.config.settings import Settings
 from shim.core.text import shorten
 from shim.hosts import host_and_port
@@ -112,16 +113,17 @@ def _health(overall: dict[str, Any]) -> Iterator[Finding]:
     """Repeat what the shim itself says of its health, so that doctor and the status page never differ."""
     for problem in overall["problems"]:
         finding = failed if problem["level"] == "bad" else warned
-        yield finding(
-            "health", problem["text"], problem["hint"] or "nothing, unless another line says FAIL: it passes by itself"
-        )
+        hint = problem["hint"] or "nothing, unless another line says FAIL: it passes by itself"
+        if hint.startswith("agent-shim doctor "):
+            hint = "the lines above show how far the connection gets"
+        yield finding("health", problem["text"], hint)
     if not overall["problems"]:
         text = overall["text"]
         yield warned("health", text, "agents come first") if overall["level"] == "waiting" else passed("health", text)
 
 
 def _shim(where: str, status: dict[str, Any]) -> Finding:
-    text = f"version {status['version']} on {where}, mode {status['mode']}"
+    text = f"version {status['version']} on {where}, {mode_words(status)}"
     if status["not_ready"]:
         return failed("shim", f"{text}, not ready: {'; '.join(status['not_ready'])}", "its log says more")
     if not status["config_valid"]:

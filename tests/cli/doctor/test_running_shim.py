@@ -29,15 +29,18 @@ ROOT = Path(__file__).parents[3]
 ADMIN = "canary-token-of-the-admin-port"
 
 
-@asynccontextmanager
-async def served(folder: Path, token: str) -> AsyncIterator[tuple[Shim, Controller]]:
+def configured(folder: Path, token: str) -> dict[str, Any]:
     admin_token = folder / "admin-token"
     admin_token.write_text(ADMIN)
-    config = {
+    return {
         "upstream": {"heartbeat_interval_s": 2.0, "token": token},
         "admin": {"port": 0, "token_file": str(admin_token)},
     }
-    async with world(folder, config, "--token", token) as (shim, controller):
+
+
+@asynccontextmanager
+async def served(folder: Path, token: str) -> AsyncIterator[tuple[Shim, Controller]]:
+    async with world(folder, configured(folder, token), "--token", token) as (shim, controller):
         await shim.start()
         await shim.event("link_state", state="online")
         yield shim, controller
@@ -52,6 +55,17 @@ def same(shim: Shim, controller: Controller, token: str) -> dict[str, Any]:
 async def opened(controller: Controller) -> int:
     events, _ = await controller.api.events(0, 0, kind="opened")
     return len(events)
+
+
+async def test_of_a_shim_past_the_sunset_the_mode_in_force_is_named(doctor: Doctor, tmp_path: Path) -> None:
+    token = "canary-token-in-use"
+    past = {"mode": "http", "sunset": {"at": "2001-01-01"}}
+    async with world(tmp_path, configured(tmp_path, token) | past, "--token", token) as (shim, controller):
+        await shim.start()
+        here = same(shim, controller, token)
+        here["admin"]["token_file"] = str(tmp_path / "admin-token")
+        found = await doctor.examine(**here)
+        found.expect("shim", "PASS", "by WebSocket because sunset.at has passed (mode http is set)")
 
 
 async def test_a_running_shim_is_asked_and_not_disturbed(doctor: Doctor, tmp_path: Path) -> None:
@@ -177,7 +191,7 @@ def test_a_link_that_is_down_refused_or_not_heard() -> None:
         world.controller.go_away(DialFailure("tcp"))
         await agent.live(120)
         findings = told(world)
-        expect(findings, "health", "FAIL", "No connection", "it cannot be reached")
+        expect(findings, "health", "FAIL", "No connection", "it cannot be reached", "the lines above")
         expect(findings, "stability", "WARN", "lost 6", "AgentShimFlapping")
         expect(findings, "heartbeats", "WARN", "not acknowledged in time", "AgentShimHeartbeatsNotHeard")
         world.controller.go_away(DialFailure("status", 401))
