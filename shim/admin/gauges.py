@@ -25,6 +25,11 @@ class StatusCollector:
         yield _gauges("build_info", "1, with the version that runs.", "version", {status.version: 1})
         modes = {mode: mode == status.mode for mode in ("websocket", "http", "auto")}
         yield _gauges("mode", "1 for the configured mode, 0 for the others.", "mode", modes)
+        yield _gauge(
+            "sunset_timestamp_seconds",
+            "Unix time of sunset.at, 0 without one: from then on no call goes by the vendor's HTTP API.",
+            status.migration.sunset["at"] or 0,
+        )
         found = {problem["code"] for problem in status.overall["problems"]}
         yield _gauges(
             "health_problem",

@@ -34,6 +34,12 @@ async def test_a_link_and_its_agents_are_counted(make_world: MakeWorld, make_pag
     assert (found["build_info", __version__], found["mode", "websocket"], found["mode", "http"]) == (1, 1, 0)
 
 
+async def test_the_end_of_the_http_api_is_told_if_it_is_configured(make_world: MakeWorld, make_page: MakePage) -> None:
+    assert gauges(make_page(await make_world()))["sunset_timestamp_seconds",] == 0
+    dated = make_page(await make_world(sunset={"at": "2001-01-01"}))
+    assert gauges(dated)["sunset_timestamp_seconds",] == 978_307_200
+
+
 async def test_commands_are_counted_by_state_with_the_age_of_the_oldest(
     make_world: MakeWorld, make_page: MakePage
 ) -> None:

@@ -30,6 +30,7 @@ QUERIES = {
     "versions": "count by (CLUSTER, version) (agent_shim_build_info)",
     "unanswered": 'sum by (CLUSTER) (up{job=~".*agent-shim.*"} == bool 0) > 0',
     "modes": "max by (CLUSTER, mode) (agent_shim_mode) > 0",
+    "sunset": "min by (CLUSTER) (agent_shim_sunset_timestamp_seconds > 0)",
     "percent": "min by (CLUSTER) (agent_shim_rollout_percent)",
     "since": "max by (CLUSTER) (agent_shim_rollout_changed_timestamp_seconds)",
     # No change in 24 h, whatever was restarted meanwhile: one percentage, no mode http, and a sample from before.
@@ -213,6 +214,8 @@ def _fill(row: Cluster, answers: _Answers, now: float) -> None:
         row.gaps.append(f"its shim {known}")
         return
     row.modes = sorted(_by(answers["modes"], "mode"))
+    sunset_unix = _one(answers["sunset"])
+    row.sunset_days = None if sunset_unix is None else (sunset_unix - now) / DAY_S
     row.percent, row.since = _one(answers["percent"]), _one(answers["since"])
     if row.percent is None:
         row.gaps.append(f"version {', '.join(row.versions)} is too old for this report: upgrade it")
@@ -231,7 +234,7 @@ def _fill_agents(row: Cluster, answers: _Answers) -> None:
     fresh = _total(answers["fresh"])
     row.agents = fresh + round(sum(by_http.values()))
     row.outside = round(by_http.get("rollout", 0))
-    row.inside = 0 if row.modes == ["http"] else fresh + round(by_http.get("link_down", 0))
+    row.inside = 0 if row.all_by_http else fresh + round(by_http.get("link_down", 0))
     for state, number in _by(answers["links"], "state").items():
         phase = _LINK_PHASES.get(state)
         if phase is not None and number:

@@ -52,7 +52,7 @@ def test_the_page_has_every_query() -> None:
     assert dict(re.findall(r"^    # (.+)\n    (.+)$", PAGE, re.MULTILINE)) == queries
 
 
-def configured(shim: Shim, url: str, percent: int) -> None:
+def configured(shim: Shim, url: str, percent: int, **more: Any) -> None:
     shim.write(
         {
             # A heartbeat is missed if none is acknowledged for so long: a busy machine must not make it so.
@@ -60,36 +60,42 @@ def configured(shim: Shim, url: str, percent: int) -> None:
             "poll": {"hold": "off"},
             "rollout": {"percent": percent},
             "fallback": {"url": url},
+            **more,
         }
     )
 
 
 @pytest.mark.needs("prometheus")
 async def test_several_shims_in_one_prometheus(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    for name in ("out", "over"):
+        (tmp_path / name).mkdir()
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
         aiohttp.ClientSession(headers=headers) as http,
         world(tmp_path) as (shim, controller),
         Shim(tmp_path / "out", {}) as other,
+        Shim(tmp_path / "over", {}) as over,
     ):
         for each in (shim, other):
             configured(each, controller.url, 10)
             await each.start()
+        configured(over, controller.url, 10, mode="http", sunset={"at": "2001-01-01"})
+        await over.start()
         agents = Agent(http, shim, INSIDE), Agent(http, other, OUTSIDE)
         for agent in agents:
             assert await agent.register() == 200
         targets = {
-            name: at.admin.removeprefix("http://") for name, at in (("agent-shim", shim), ("agent-shim-out", other))
+            name: at.admin.removeprefix("http://")
+            for name, at in (("agent-shim", shim), ("agent-shim-out", other), ("agent-shim-over", over))
         }
         targets |= {"agent-shim-dead": "127.0.0.1:1"}
-        names = {"agent-shim": "well", "agent-shim-out": "out"}
+        names = {"agent-shim": "well", "agent-shim-out": "out", "agent-shim-over": "over"}
         async with agents[0], agents[1], prometheus(tmp_path, targets, {}, names, "5s") as prom:
             await Health(http, shim).until("all_well")
             await prom.until_query('increase(agent_shim_agent_heartbeats_total{outcome="acked"}[1h]) > 5')
             await prom.until_query('agent_shim_agents_by_http{why="rollout"} > 0')
             expect = tmp_path / "names"
-            expect.write_text("well\nout\ngone\n")
+            expect.write_text("well\nout\nover\ngone\n")
             code, data, rows = await report("--prometheus", prom.url + "/", "--expect", str(expect), "--observe", "0")
             by_instance = (await report("--prometheus", prom.url, "--cluster-label", "instance"))[2]
             no_label = (await report("--prometheus", prom.url, "--cluster-label", "region"))[2]
@@ -100,15 +106,21 @@ async def test_several_shims_in_one_prometheus(tmp_path: Path) -> None:
             await shim.kill()
             await prom.until_query('up{job="agent-shim"} == 0')
             after = (await report("--prometheus", prom.url))[2]
-    assert (code, data["verdict"], list(rows)) == (1, "wait", ["out", "well", "gone"])
+    assert (code, data["verdict"], list(rows)) == (1, "wait", ["out", "over", "well", "gone"])
     assert rows["gone"]["gaps"] == ["expected, and not seen"]
-    assert [reason["cluster"] for reason in data["reasons"]] == ["gone"]
+    assert [(reason["cluster"], reason["text"]) for reason in data["reasons"]] == [
+        ("over", "no agent calls its shim"),
+        ("gone", "expected, and not seen"),
+    ]
     assert (rows["well"]["canary"], rows["out"]["canary"], rows["well"]["percent"]) == ("in", "out", 10)
     assert rows["well"]["objectives"]["1h"]["heartbeat_success"]["state"] == "met"
     assert rows["well"]["links"] == {"up": 1}
+    assert (rows["over"]["modes"], rows["over"]["canary"], rows["well"]["sunset_days"]) == (["http"], "empty", None), (
+        "after the sunset there is no mode http"
+    )
     assert any("heartbeat" in route for route in rows["well"]["still_used"])
     assert rows["well"]["removable"] is False
-    assert set(by_instance) == {targets["agent-shim"], targets["agent-shim-out"]}
+    assert set(by_instance) == set(targets.values()) - {targets["agent-shim-dead"]}
     assert any("--cluster-label" in gap for gap in no_label["(no label region)"]["gaps"])
     assert (ill[0], ill[1]["go_back"]) == (2, ["well"])
     assert "was seen in the last 24 h" in after["well"]["gaps"][-1]
