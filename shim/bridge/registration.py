@@ -57,8 +57,9 @@ def identity_of_call(owner: str, call: RegisterCall) -> RegistrationKey:
 class PendingRegistration(msgspec.Struct, eq=False):
     """One registration that the controller has not answered.
 
-    `session` is set if the shim itself registers, or has answered the agent from the store. `sent_on` is the serial of
-    the connection that carries it, 0 if none does. `sent_at` and `abandoned_at` are monotonic seconds.
+    `session` is set if the shim itself registers, or has answered the agent from the store. `answered_from` is the
+    session whose stored registration answered the agent, which may be that of a cluster's old pod. `sent_on` is the
+    serial of the connection that carries it, 0 if none does. `sent_at` and `abandoned_at` are monotonic seconds.
     """
 
     identity: RegistrationKey
@@ -67,6 +68,7 @@ class PendingRegistration(msgspec.Struct, eq=False):
     secret: str
     call: RegisterCall | None = None
     session: Session | None = None
+    answered_from: Session | None = None
     waiters: set[asyncio.Future[Outcome]] = msgspec.field(default_factory=set)
     request_ids: list[str] = msgspec.field(default_factory=list)
     sent_on: int = 0
@@ -227,6 +229,7 @@ class Registrations:
             stored = None if link.machine.refused else find_stored()
             if stored is not None:
                 self._ctx.metrics.registrations.labels("cached").inc()
+                job.answered_from = stored
                 if stored.key.kind == TargetKind.CLUSTER.value:
                     job.session = stored  # the agent goes on with its id, whichever the controller answers later
                 return stored.registered(cached=True)

@@ -258,6 +258,8 @@ class SessionRegistry:
         session.touch(self._ctx.now, self._ctx.clock.wall_s())
         self.usage.note(session.key, call.dialect, "register", session.last_seen_unix)
         session.agent_id, session.secret = call.agent_id, call.secret or session.secret
+        if not outcome.cached and outcome.cluster_id == session.upstream_cluster_id:
+            self._claim(session)
         if not self._ctx.sessions.alias_is(owner, call.agent_id, session.key):
             self._set_alias(session, call.agent_id)
             self.persistence.save_all(session.key)
@@ -292,6 +294,7 @@ class SessionRegistry:
         if isinstance(agent_id, str) and agent_id:
             session.agent_id = agent_id
             former = self._set_alias(session, agent_id)
+        left_at = self._left_at(session, job)
         if call is not None:
             superseded = self._supersede_former(session, former)
             session.secret = call.secret
@@ -303,8 +306,8 @@ class SessionRegistry:
         if session.superseded_by is None:
             # A replay, which no agent has sent, must not supersede the session of an agent that lives; nor must a late
             # answer to an agent that has left. Only of the same owner: it does not show that another may use the id.
-            owner, left_at = session.key.owner, session.contact_at if call is None else job.abandoned_at
-            late = self._another_called(session, left_at)
+            owner = session.key.owner
+            late = self._another_called(session, left_at, job.answered_from)
             same = self._ctx.sessions.with_upstream_id(cluster_id, owner) if call is None or late else [session]
             latest = max(same, key=lambda other: (other.superseded_by is None, recency(other)))
             self._supersede(latest, owner if conflict or late else None)
@@ -312,10 +315,21 @@ class SessionRegistry:
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session.registered(cached=False)
 
-    def _another_called(self, session: Session, left_at: float | None) -> bool:
-        """Return True if another agent of the cluster has called after that of the session had left."""
+    def _left_at(self, session: Session, job: PendingRegistration) -> float | None:
+        """Return when the agent of an answered registration was last known to live; None if it lives now."""
+        if job.call is None:
+            return session.contact_at
+        called = job.abandoned_at is not None and (session.contact_at or 0.0) >= job.abandoned_at
+        return None if called and session.superseded_by is None else job.abandoned_at
+
+    def _another_called(self, session: Session, left_at: float | None, older: Session | None) -> bool:
+        """Return True if another agent of the cluster has called after that of the session had left.
+
+        That of `older`, which registered before it, does not count: both pods call during a rolling update.
+        """
         same = self._ctx.sessions.with_upstream_id(session.upstream_cluster_id)
-        return left_at is not None and any((each.contact_at or 0.0) > left_at for each in same if each is not session)
+        others = [each for each in same if each is not session and each is not older]
+        return left_at is not None and any((each.contact_at or 0.0) > left_at for each in others)
 
     def _session_for(self, owner: str, call: RegisterCall, cluster_id: str) -> Session:
         key = _key_of(owner, call, cluster_id)
@@ -368,6 +382,17 @@ class SessionRegistry:
             self.persistence.save_session(other)
         return found
 
+    def _claim(self, session: Session) -> None:
+        """Let a session supersede the others with its id: its agent has the controller's answer now.
+
+        When that came late, the agent had left, and those of agents that called meanwhile did not give way.
+        """
+        same = self._ctx.sessions.with_upstream_id(session.upstream_cluster_id)
+        others = [other for other in same if other is not session and other.superseded_by != session.key]
+        if others and session.superseded_by is None:
+            self._supersede(session, None)
+            self._move_superseded()
+
     def _supersede_former(self, session: Session, former: Session | None) -> tuple[SessionKey, ...]:
         """Let a session supersede the one that had its agent's id, if both have the same name.
 
@@ -412,7 +437,7 @@ class SessionRegistry:
                 continue
             # Those that follow the session go on to its successor. Two may follow each other after a kill, if the disk
             # had refused one of their writes.
-            led = following.pop(session.key, [])
+            led = [other for other in following.pop(session.key, []) if other.moved_to is None]
             for other in led:
                 other.superseded_by = successor.key if other is not successor else None
             following.setdefault(successor.key, []).extend(led)

@@ -251,6 +251,53 @@ async def test_the_replayed_registration_of_an_old_pod_does_not_take_over_the_ne
     assert [each.key.ident for each in world.bridge.ctx.sessions] == ["c-2"]
 
 
+@pytest.mark.parametrize("token, called", [("own-1", False), ("own-1", True), ("own-2", True)])
+async def test_a_new_pod_takes_over_although_the_old_one_still_calls(
+    make_world: MakeWorld, token: str, called: bool
+) -> None:
+    """A rolling update: the controller answers the new pod late, and the old one has called last."""
+    world = await make_world(upstream={"token": ""})
+    world.controller.manners.cluster_id = lambda payload: "c-1"
+    old = await living(world, dialect="agents", agent_id="a-1", token="own-1")
+    world.controller.push("k1", agent_id="a-1")
+    world.controller.manners.registers = False
+    new = world.agent(dialect="agents", agent_id="a-2", token=token)
+    await new.register()
+    if called:
+        await new.heartbeat()
+    await world.pass_s(1)
+    await old.heartbeat()
+    world.controller.answer_register()
+    await new.live(60)
+    assert await new.poll() == ["k1"]
+    world.controller.push("k2", cluster_id="c-1")
+    await world.settle()
+    assert await new.poll() == ["k2"]
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
+
+
+@pytest.mark.parametrize("dialect", ["clusters_agent", "agents"])
+async def test_so_does_one_with_a_new_token_that_registers_again(make_world: MakeWorld, dialect: str) -> None:
+    """It had given up before the controller answered; its second attempt gets that answer."""
+    world = await make_world(upstream={"token": ""})
+    world.controller.manners.cluster_id = lambda payload: "c-1"
+    old = await living(world, dialect=dialect, agent_id="a-1", token="own-1")
+    world.controller.push("k1", agent_id="a-1")
+    world.controller.manners.registers = False
+    new = world.agent(dialect=dialect, agent_id="a-2", token="own-2")
+    given_up = world.loop.create_task(new.register())
+    await world.settle()
+    given_up.cancel()
+    await world.pass_s(1)
+    await old.heartbeat()
+    world.controller.answer_register()
+    await world.settle()
+    await new.register()
+    await new.live(60)
+    assert await new.poll() == ["k1"]
+    assert [session.agent_id for session in world.bridge.ctx.sessions] == ["a-2"]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -687,6 +688,22 @@ async def test_two_sessions_that_supersede_each_other_on_disk_become_one(world: 
     [left] = world.bridge.ctx.sessions
     [agent] = [agent for agent in agents if agent.agent_id == left.key.ident]
     assert sorted(await agent.poll()) == ["k1", "k2"]
+
+
+async def test_of_sessions_that_follow_each_other_only_the_last_is_left_on_disk(world: World) -> None:
+    """All moved at once: one that had moved was stored anew with the next, and came back after a restart."""
+    agents = [
+        await registered(world, dialect="agents", agent_id=f"a-{number}", name=f"n{number}") for number in range(7)
+    ]
+    sessions = [world.session(agent.agent_id) for agent in agents]
+    for session, successor in pairwise(sessions):
+        session.superseded_by = successor.key
+        world.store.submit(SaveSession(session.record()))
+    await world.crash()
+    world.start()
+    await world.pass_s(TICK_S + 1)
+    await world.crash()
+    assert [record.key.ident for record in world.store.open().sessions] == ["a-6"]
 
 
 async def test_two_clusters_whose_agents_have_one_id_stay_apart(world: World) -> None:
