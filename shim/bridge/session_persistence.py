@@ -24,7 +24,7 @@ class SessionPersistence:
     def __init__(self, ctx: BridgeContext) -> None:
         self._ctx = ctx
         self._deferred: set[SessionKey] = set()
-        self._unsaved: set[frozenset[SessionKey]] = set()
+        self._unsaved: list[frozenset[SessionKey]] = []  # disjoint; each is stored in one transaction
         self._newest = asyncio.Event()  # set once the store has answered the newest write
         self._newest.set()
 
@@ -57,7 +57,7 @@ class SessionPersistence:
     def retry(self) -> None:
         """Retry one refused write; its success triggers the next retry."""
         while self._unsaved:
-            if self.save_all(*self._unsaved.pop()):
+            if self.save_all(*self._unsaved.pop(0)):
                 return
 
     def save_all(self, *keys: SessionKey) -> bool:
@@ -98,6 +98,6 @@ class SessionPersistence:
         answered.set()
         if outcome is not None:
             together = frozenset(keys).union(*(others for others in self._unsaved if not others.isdisjoint(keys)))
-            self._unsaved = {others for others in self._unsaved if others.isdisjoint(keys)} | {together}
+            self._unsaved = [*(others for others in self._unsaved if others.isdisjoint(keys)), together]
         elif self._unsaved:
             self.retry()

@@ -95,7 +95,7 @@ class SessionRegistry:
         self._ctx = ctx
         self._moved = moved
         self._ended = ended
-        self._superseded: set[SessionKey] = set()
+        self._superseded: dict[SessionKey, None] = {}  # an ordered set: moves in the order of registrations
         self._token_accepted = token_accepted
         self._logged_owners: set[str] = set()
         self.persistence = SessionPersistence(ctx)
@@ -106,7 +106,7 @@ class SessionRegistry:
         for record in loaded.sessions:
             self._ctx.sessions.add(Session.from_record(record))
             if record.superseded_by:
-                self._superseded.add(record.key)
+                self._superseded[record.key] = None
         for owner, agent_id, key in loaded.aliases:
             self._ctx.sessions.set_alias(owner, agent_id, key)
         for key, payload in loaded.tunnels:
@@ -411,7 +411,7 @@ class SessionRegistry:
     def _follow(self, older: Session, successor: Session) -> None:
         """Record that a session is superseded by another one."""
         older.superseded_by = successor.key
-        self._superseded.add(older.key)
+        self._superseded[older.key] = None
 
     def sweep(self) -> None:
         """Complete supersessions and retry refused writes; called every few seconds."""
@@ -427,7 +427,7 @@ class SessionRegistry:
         for key in list(self._superseded):
             session = self._ctx.sessions.get(key)
             if session is None or session.superseded_by is None:
-                self._superseded.discard(key)
+                del self._superseded[key]
             else:
                 following.setdefault(session.superseded_by, []).append(session)
         for session in [each for sessions in following.values() for each in sessions if not each.fresh(now)]:

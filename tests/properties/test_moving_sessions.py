@@ -8,8 +8,8 @@ with other tokens, while the old ones still call; registrations that are repeate
 away or loses its database; a disk that refuses writes or hangs; a shim that is killed or stopped. Then the trouble
 ends, the newest pod of each cluster goes on living, and every command is accounted for.
 
-`AGENT_SHIM_FUZZ_INPUTS` sets the number of lives (`make fuzz`), `AGENT_SHIM_SEED` plays one of them alone. The order of
-Python's sets decides, too: with the same `PYTHONHASHSEED` a seed plays the same life again.
+`AGENT_SHIM_FUZZ_INPUTS` sets the number of lives (`make fuzz`), `AGENT_SHIM_SEED` plays one of them alone. A seed
+always plays the same life.
 """
 
 from __future__ import annotations
