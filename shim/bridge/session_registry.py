@@ -216,8 +216,7 @@ class SessionRegistry:
         if reply:
             session.reply = reply
             self._ctx.sessions.set_upstream_id(session, cluster_id)
-        superseded = self._supersede_former(session, self._set_alias(session, call.agent_id))
-        self.persistence.save_all(session.key, *superseded)
+        self._save_together(session, self._supersede_former(session, self._set_alias(session, call.agent_id)))
         await self.persistence.answered()
 
     # --- registrations ------------------------------------------------------------------------------------------------
@@ -290,19 +289,18 @@ class SessionRegistry:
         session.reply = reply
         agent_id = payload.get("agent_id")
         former: Session | None = None
-        superseded: tuple[SessionKey, ...] = ()
+        older: list[Session] = []
         if isinstance(agent_id, str) and agent_id:
             session.agent_id = agent_id
             former = self._set_alias(session, agent_id)
         left_at = self._left_at(session, job)
         if call is not None:
-            superseded = self._supersede_former(session, former)
+            older = self._supersede_former(session, former)
             session.secret = call.secret
             session.new_process()
             session.dialect = call.dialect
             session.last_seen_unix = self._ctx.clock.wall_s()  # no contact: the agent may have stopped waiting long ago
             session.superseded_by = None
-        self.persistence.save_all(session.key, *superseded)
         if session.superseded_by is None:
             # A replay, which no agent has sent, must not supersede the session of an agent that lives; nor must a late
             # answer to an agent that has left. Only of the same owner: it does not show that another may use the id.
@@ -310,8 +308,9 @@ class SessionRegistry:
             late = self._another_called(session, left_at, job.answered_from)
             same = self._ctx.sessions.with_upstream_id(cluster_id, owner) if call is None or late else [session]
             latest = max(same, key=lambda other: (other.superseded_by is None, recency(other)))
-            self._supersede(latest, owner if conflict or late else None)
-            self._move_superseded()
+            older += self._supersede(latest, owner if conflict or late else None)
+        self._save_together(session, older)
+        self._move_superseded()
         log.info("session_registered", session=session.key.ident, cluster_id=cluster_id, dialect=session.dialect)
         return session.registered(cached=False)
 
@@ -367,6 +366,8 @@ class SessionRegistry:
         session = Session(key, dialect)
         self._ctx.sessions.add(session)
         older = self._supersede(session, key.owner)
+        for other in older:
+            self.persistence.save_session(other)
         if older:
             latest = max(older, key=lambda other: other.last_seen_unix)
             self._ctx.sessions.set_registration(session, latest.registration)
@@ -379,8 +380,11 @@ class SessionRegistry:
         found = [other for other in same if other is not session]
         for other in found:
             self._follow(other, session)
-            self.persistence.save_session(other)
         return found
+
+    def _save_together(self, session: Session, older: list[Session]) -> None:
+        """Store a session and those that follow it now, or none of them."""
+        self.persistence.save_all(*dict.fromkeys((session.key, *(other.key for other in older))))
 
     def _claim(self, session: Session) -> None:
         """Let a session supersede the others with its id: its agent has the controller's answer now.
@@ -390,23 +394,23 @@ class SessionRegistry:
         same = self._ctx.sessions.with_upstream_id(session.upstream_cluster_id)
         others = [other for other in same if other is not session and other.superseded_by != session.key]
         if others and session.superseded_by is None:
-            self._supersede(session, None)
+            self._save_together(session, self._supersede(session, None))
             self._move_superseded()
 
-    def _supersede_former(self, session: Session, former: Session | None) -> tuple[SessionKey, ...]:
+    def _supersede_former(self, session: Session, former: Session | None) -> list[Session]:
         """Let a session supersede the one that had its agent's id, if both have the same name.
 
-        Returns the key of the superseded session, which the caller stores together with its successor.
+        Returns the superseded session, if there is one: the caller stores it together with its successor.
 
         The agent lost its cluster id and registered, and the controller gave it another one. Nobody else would fetch
         what waits for the agent under its former id. An equal name is not enough, because two clusters may have it.
         The former session is over at once: what waits in it was stored before what comes now, and is delivered first.
         """
         if former is None or not session.name or former.name != session.name:
-            return ()
+            return []
         self._follow(former, session)
         former.forget_contact()
-        return (former.key,)
+        return [former]
 
     def _follow(self, older: Session, successor: Session) -> None:
         """Record that a session is superseded by another one."""

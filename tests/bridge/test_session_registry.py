@@ -671,6 +671,25 @@ async def test_what_waits_follows_a_successor_that_was_itself_superseded(world: 
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["c-2"]
 
 
+async def test_a_session_whose_new_id_the_disk_refused_is_stored_with_its_successor(world: World) -> None:
+    """A controller without its database, a full disk, a new pod and a kill, all within a moment."""
+    old = await registered(world, dialect="agents", agent_id="a-1")
+    world.controller.push("k1", agent_id="a-1")
+    await world.settle()
+    key = world.session("a-1").key
+    world.controller.manners.cluster_id = lambda payload: "c-2"
+    world.store.failing = lambda operations: (
+        {each.record.key for each in operations if isinstance(each, SaveSession)} == {key}
+    )
+    await old.register()
+    new = await registered(world, dialect="agents", agent_id="a-2")
+    await world.crash()
+    world.store.heal()
+    world.start()
+    await new.live(50, every_s=10)
+    assert await new.poll() == ["k1"]
+
+
 async def test_two_sessions_that_supersede_each_other_on_disk_become_one(world: World) -> None:
     """The disk refused one write of the later supersession and took the other; then the shim was killed."""
     world.controller.manners.cluster_id = same_cluster
