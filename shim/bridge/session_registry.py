@@ -319,7 +319,10 @@ class SessionRegistry:
         if job.call is None:
             return session.contact_at
         called = job.abandoned_at is not None and (session.contact_at or 0.0) >= job.abandoned_at
-        return None if called and session.superseded_by is None else job.abandoned_at
+        if not called or session.superseded_by is not None:
+            return job.abandoned_at
+        # If it was answered from the store, the older pod is known, and whoever else has called since then is newer.
+        return None if job.answered_from is None else session.contact_at
 
     def _another_called(self, session: Session, left_at: float | None, older: Session | None) -> bool:
         """Return True if another agent of the cluster has called after that of the session had left.

@@ -276,6 +276,28 @@ async def test_a_new_pod_takes_over_although_the_old_one_still_calls(
     assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-2"]
 
 
+async def test_a_pod_that_has_gone_does_not_take_over_from_its_successor(make_world: MakeWorld) -> None:
+    """It was answered from the store, called for a while, and ended; the controller answers it after its successor."""
+    world = await make_world(upstream={"token": ""})
+    world.controller.manners.cluster_id = lambda payload: "c-1"
+    await living(world, dialect="agents", agent_id="a-1", token="own-1")
+    world.controller.push("k1", agent_id="a-1")
+    world.controller.manners.registers = False
+    gone, new = (world.agent(dialect="agents", agent_id=agent_id, token="own-1") for agent_id in ("a-2", "a-3"))
+    await gone.register()
+    await gone.heartbeat()
+    await world.pass_s(1)
+    registering = world.loop.create_task(new.register())
+    await world.settle()
+    world.controller.held_registers.rotate()
+    world.controller.answer_register()
+    await registering
+    world.controller.answer_register()
+    await new.live(100)
+    assert await new.poll() == ["k1"]
+    assert [session.key.ident for session in world.bridge.ctx.sessions] == ["a-3"]
+
+
 @pytest.mark.parametrize("dialect", ["clusters_agent", "agents"])
 async def test_so_does_one_with_a_new_token_that_registers_again(make_world: MakeWorld, dialect: str) -> None:
     """It had given up before the controller answered; its second attempt gets that answer."""

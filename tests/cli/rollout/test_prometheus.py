@@ -135,10 +135,12 @@ async def test_an_empty_prometheus(tmp_path: Path) -> None:
 
 
 @asynccontextmanager
-async def stand_in(answer: web.Response) -> AsyncIterator[str]:
+async def stand_in(answer: web.Response, asked: list[dict[str, Any]] | None = None) -> AsyncIterator[str]:
     """A server that gives one answer to every query."""
 
     async def handle(request: web.Request) -> web.Response:
+        if asked is not None:
+            asked.append(dict(await request.post()))
         return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
 
     app = web.Application()
@@ -169,6 +171,16 @@ async def test_what_is_no_answer(status: int, body: str, headers: dict[str, str]
     assert (code, rows) == (1, {})
     assert any(expected in reason["text"] for reason in data["reasons"])
     assert "s3cret" not in json.dumps(data)
+
+
+async def test_all_queries_are_evaluated_at_the_same_time() -> None:
+    """One second between the good heartbeats and all of them would be a heartbeat that is missing."""
+    sample = {"metric": {}, "value": [1_780_000_000, "1780000000.25"]}
+    asked: list[dict[str, Any]] = []
+    async with stand_in(web.Response(text=json.dumps({"data": {"result": [sample]}})), asked) as address:
+        await report("--prometheus", f"http://{address}")
+    assert asked[0] == {"query": "vector(time())"}
+    assert {each.get("time") for each in asked[1:]} == {"1780000000.250"}
 
 
 async def test_an_answer_through_a_proxy_of_the_environment_names_it() -> None:
